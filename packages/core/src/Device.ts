@@ -1,0 +1,111 @@
+/**
+ * The contract between a device and its machine.
+ *
+ * A device is its registers, its queues and nothing else: plain synchronous handlers over private state, called one at a
+ * time by the device's own fiber (see `DeviceActor.ts`). What it needs of the machine comes in through its context; when a
+ * handler throws, the machine restarts the device or ends, by its policy, and no other device notices.
+ */
+import type * as Context from "effect/Context"
+import type * as Effect from "effect/Effect"
+import * as Schema from "effect/Schema"
+import type * as Schedule from "effect/Schedule"
+import type * as Scope from "effect/Scope"
+import type { AmlTerm } from "./acpi/Aml.ts"
+import type { AddressSpace, Doorbell, RangeBacking, ReadAccess, WriteAccess } from "./Bus.ts"
+import type { GuestMemory } from "./GuestMemory.ts"
+import type { GuestStop } from "./GuestStop.ts"
+import type { InterruptLine } from "./Hypervisor.ts"
+import type { GuestFailure } from "./VcpuExit.ts"
+
+/** A device could not start, or its background work failed. */
+export class DeviceFailure extends Schema.TaggedError<DeviceFailure>()("DeviceFailure", {
+  device: Schema.String,
+  detail: Schema.String,
+  hint: Schema.optionalKey(Schema.String)
+}) {
+  override get message(): string {
+    return `${this.device}: ${this.detail}${this.hint === undefined ? "" : `. ${this.hint}`}`
+  }
+}
+
+/** A range that a device asks for. */
+export interface RangeRequest {
+  readonly space: AddressSpace
+  /** The first address, or absent for whole pages of the machine's device window (memory-mapped ranges only). */
+  readonly base?: number
+  /** Length in bytes. */
+  readonly size: number
+  readonly read: ReadAccess
+  readonly write: WriteAccess
+  readonly doorbells?: ReadonlyArray<Doorbell>
+}
+
+/** An interrupt that a device asks for: this number, or any free one. */
+export type InterruptRequest = number | "any"
+
+/** Where a device was placed. */
+export interface DevicePlacement {
+  /** First address of each range, in the order of the requests. */
+  readonly bases: ReadonlyArray<number>
+  /** Global system interrupt of each interrupt, in the order of the requests. */
+  readonly gsis: ReadonlyArray<number>
+}
+
+/** What a device may use of its machine. Valid from `start` until the scope of `start` closes. */
+export interface DeviceContext {
+  readonly name: string
+  readonly memory: GuestMemory
+  /** What backs each range, in the order of the requests. */
+  readonly ranges: ReadonlyArray<RangeBacking>
+  /** One line for each interrupt request. */
+  readonly interrupts: ReadonlyArray<InterruptLine>
+  /** 0 at first; one more each time the device is started again after a failure. */
+  readonly generation: number
+  /** Has the device's own fiber call {@link DeviceBehaviour.signal} soon. Signals of one number that wait are one. */
+  readonly signal: (number: number) => void
+  /** Ends the machine: the guest has turned it off, has asked for a reset, or has said that it failed. */
+  readonly stop: (reason: GuestStop | GuestFailure) => void
+}
+
+/**
+ * The running device. All handlers are synchronous and bounded; `range` is the index of the request, sizes are 1, 2 or 4,
+ * values are unsigned. A handler that throws is a defect of the device and ends this generation of it.
+ */
+export interface DeviceBehaviour {
+  /** Answers a read that is a call. */
+  readonly read: (range: number, offset: number, size: number) => number
+  /** Takes a write, posted or called. */
+  readonly write: (range: number, offset: number, size: number, value: number) => void
+  /** A doorbell was rung. Returns `true` when the turn's budget ran out before the work: it is called again, later. */
+  readonly doorbell?: (range: number, doorbell: number) => boolean
+  /** A signal of the device's own background work has come. Returns `true` to be called again, later. */
+  readonly signal?: (number: number) => boolean
+  /** Background work. When it fails or dies the device has failed. */
+  readonly run?: Effect.Effect<never, DeviceFailure>
+}
+
+/**
+ * What happens when a device fails.
+ *
+ * - `escalate`: the machine ends with a typed error
+ * - `restart`: the device is started again, at the pace of the schedule; when the schedule ends, the failure escalates
+ */
+export type DevicePolicy =
+  | { readonly _tag: "escalate" }
+  | { readonly _tag: "restart"; readonly schedule: Schedule.Schedule<unknown, unknown> }
+
+/** A device of one machine before it is placed: what it asks for, and how it starts. */
+export interface Device {
+  /** Unique in its machine: `serial0`, `rng0`. */
+  readonly name: string
+  readonly ranges: ReadonlyArray<RangeRequest>
+  readonly interrupts: ReadonlyArray<InterruptRequest>
+  /** The device's nodes under `\_SB` in the DSDT, once it is placed. */
+  readonly acpi?: (placement: DevicePlacement) => ReadonlyArray<AmlTerm>
+  /** Services that it publishes to clients of the guest (`Guest.ts`). They outlive restarts. */
+  readonly services?: Context.Context<never>
+  /** Overrides the machine's policy. */
+  readonly policy?: DevicePolicy
+  /** Starts the device, or starts it again when `context.generation` is not 0. */
+  readonly start: (context: DeviceContext) => Effect.Effect<DeviceBehaviour, DeviceFailure, Scope.Scope>
+}

@@ -1,0 +1,88 @@
+/**
+ * Guest memory: the regions of RAM that a machine has, and bounded views of them.
+ *
+ * A view never reaches outside its region, and a range that is not wholly inside one region is refused with `undefined`
+ * instead of an exception, because such ranges come from the guest. The hypervisor that made a region detaches its buffer
+ * before the memory goes away, so a view kept too long is empty, never dangling.
+ */
+import { addressEnd, formatAddress, INVALID_ADDRESS } from "./GuestAddress.ts"
+
+/** The page size of x86-64 guests and the granularity of memory slots, in bytes. */
+export const PAGE_SIZE = 4096
+
+/** One contiguous piece of guest memory: `[guestAddress, guestAddress + size)`, with the views that device code uses. */
+export class MemoryRegion {
+  /** Guest physical address of the first byte; a multiple of {@link PAGE_SIZE}. */
+  readonly guestAddress: number
+  /** Length in bytes; a multiple of {@link PAGE_SIZE}. */
+  readonly size: number
+  /** The region's bytes. Empty once the region's owner is closed. */
+  readonly bytes: Uint8Array<ArrayBuffer>
+  /** The region for 8- to 64-bit access at any alignment. Throws `TypeError` once the region's owner is closed. */
+  readonly view: DataView<ArrayBuffer>
+  /** The region as 16-bit words, for `Atomics` on ring indices (a virtqueue's `idx` fields are 2-byte aligned). */
+  readonly words: Uint16Array<ArrayBuffer>
+
+  constructor(guestAddress: number, buffer: ArrayBuffer) {
+    this.guestAddress = guestAddress
+    this.size = buffer.byteLength
+    this.bytes = new Uint8Array(buffer)
+    this.view = new DataView(buffer)
+    this.words = new Uint16Array(buffer)
+  }
+
+  /** Whether `[address, address + length)` lies wholly inside this region. */
+  contains(address: number, length: number): boolean {
+    if (address < this.guestAddress) return false
+    const end = addressEnd(address, length)
+    return end !== INVALID_ADDRESS && end <= this.guestAddress + this.size
+  }
+}
+
+/** The memory of one machine: its regions in ascending order. They never overlap. */
+export class GuestMemory {
+  readonly regions: ReadonlyArray<MemoryRegion>
+
+  constructor(regions: Iterable<MemoryRegion>) {
+    this.regions = Array.from(regions).sort((a, b) => a.guestAddress - b.guestAddress)
+    for (let i = 1; i < this.regions.length; i++) {
+      const before = this.regions[i - 1]
+      const region = this.regions[i]
+      if (before !== undefined && region !== undefined && before.guestAddress + before.size > region.guestAddress) {
+        throw new RangeError(`memory regions overlap at ${formatAddress(region.guestAddress)}`)
+      }
+    }
+  }
+
+  /** The number of bytes of all regions together. */
+  get size(): number {
+    let size = 0
+    for (const region of this.regions) size += region.size
+    return size
+  }
+
+  /** The region that holds all of `[address, address + length)`, or `undefined` when no single region does. */
+  regionOf(address: number, length: number): MemoryRegion | undefined {
+    for (let i = 0; i < this.regions.length; i++) {
+      const region = this.regions[i]
+      if (region !== undefined && region.contains(address, length)) return region
+    }
+    return undefined
+  }
+
+  /** A view (no copy) of `[address, address + length)`, or `undefined` when no single region holds it. */
+  slice(address: number, length: number): Uint8Array<ArrayBuffer> | undefined {
+    const region = this.regionOf(address, length)
+    if (region === undefined) return undefined
+    const offset = address - region.guestAddress
+    return region.bytes.subarray(offset, offset + length)
+  }
+
+  /** Copies `bytes` to `address`. Returns `false`, having written nothing, when no single region holds the range. */
+  write(address: number, bytes: Uint8Array): boolean {
+    const region = this.regionOf(address, bytes.length)
+    if (region === undefined) return false
+    region.bytes.set(bytes, address - region.guestAddress)
+    return true
+  }
+}

@@ -1,0 +1,90 @@
+/**
+ * The one door to hardware: a service that makes virtual machines out of memory, a bus, interrupt lines and vCPUs.
+ *
+ * Nothing above this boundary knows whether KVM or the deterministic fake is below it. Everything that an implementation
+ * acquires belongs to the `Scope` of the call that made it and is gone when that scope closes.
+ */
+import * as Context from "effect/Context"
+import type * as Effect from "effect/Effect"
+import * as Schema from "effect/Schema"
+import type * as Scope from "effect/Scope"
+import type { Bus, BusHandlers, RangeBacking } from "./Bus.ts"
+import type { MemoryRegion } from "./GuestMemory.ts"
+import type { VcpuExit } from "./VcpuExit.ts"
+import type { VcpuState } from "./VcpuState.ts"
+
+/** A hypervisor operation that failed: which, on what, the errno under it and what to do about it. */
+export class HypervisorError extends Schema.TaggedError<HypervisorError>()("HypervisorError", {
+  /** The operation as its interface names it, e.g. `KVM_CREATE_VM`. */
+  operation: Schema.String,
+  /** What went wrong, in a sentence. */
+  detail: Schema.String,
+  /** The arguments of the operation as text, where they help. */
+  arguments: Schema.optionalKey(Schema.String),
+  /** The operating system's error number and name, e.g. 13 and `EACCES`. */
+  errno: Schema.optionalKey(Schema.Struct({ number: Schema.Int, name: Schema.String })),
+  /** What the host can do about it. */
+  hint: Schema.optionalKey(Schema.String)
+}) {
+  override get message(): string {
+    const errno = this.errno === undefined ? "" : ` (${this.errno.name})`
+    const hint = this.hint === undefined ? "" : `. ${this.hint}`
+    return `${this.operation}${this.arguments === undefined ? "" : `(${this.arguments})`}: ${this.detail}${errno}${hint}`
+  }
+}
+
+/** An edge-triggered interrupt input of a machine. */
+export interface InterruptLine {
+  /** The global system interrupt number (ACPI 6.5, section 5.2.13). */
+  readonly gsi: number
+  /** Raises the interrupt once. Synchronous, cheap, and harmless when nobody listens. */
+  readonly trigger: () => void
+}
+
+/** A virtual processor. */
+export interface Vcpu {
+  /** Number of the vCPU and its local APIC ID. 0 is the boot processor. */
+  readonly id: number
+  /** Sets the state in which the boot processor starts. Other vCPUs wait for a start-up interrupt. */
+  readonly setState: (state: VcpuState) => Effect.Effect<void, HypervisorError>
+  /**
+   * Runs guest code until the vCPU stops for good. Accesses to devices are delivered to the bus handlers meanwhile.
+   * Interruption takes the vCPU out of the guest and returns when its thread has left it.
+   */
+  readonly run: Effect.Effect<VcpuExit, HypervisorError>
+}
+
+/** One virtual machine, empty at first. Make it in this order: memory, bus, interrupt lines, vCPUs. */
+export interface Vm {
+  /** Adds zeroed RAM at `guestAddress`. Both numbers, in bytes, are multiples of the page size. */
+  readonly addMemory: (
+    guestAddress: number,
+    size: number
+  ) => Effect.Effect<MemoryRegion, HypervisorError, Scope.Scope>
+  /** Puts the bus in place, once; returns what backs each of its ranges, in their order. */
+  readonly attachBus: (
+    bus: Bus,
+    handlers: BusHandlers
+  ) => Effect.Effect<ReadonlyArray<RangeBacking>, HypervisorError, Scope.Scope>
+  /** Makes the interrupt input with this number. */
+  readonly interruptLine: (gsi: number) => Effect.Effect<InterruptLine, HypervisorError, Scope.Scope>
+  /** Makes a vCPU. All vCPUs of a machine are made before the first of them runs. */
+  readonly createVcpu: (id: number) => Effect.Effect<Vcpu, HypervisorError, Scope.Scope>
+}
+
+/** What a hypervisor can do at most. */
+export interface HypervisorLimits {
+  /** The largest number of vCPUs of one machine. */
+  readonly maxVcpus: number
+  /** One past the highest interrupt line number. */
+  readonly interruptLines: number
+}
+
+/** Makes virtual machines. */
+export class Hypervisor extends Context.Service<Hypervisor, {
+  /** A short name for reports: `kvm` or `fake`. */
+  readonly name: string
+  readonly limits: HypervisorLimits
+  /** Makes an empty virtual machine. */
+  readonly createVm: Effect.Effect<Vm, HypervisorError, Scope.Scope>
+}>()("@troupe/core/Hypervisor") {}
