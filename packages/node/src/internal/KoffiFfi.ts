@@ -1,0 +1,206 @@
+/**
+ * The foreign functions on koffi (https://koffi.dev), an optional peer dependency, for Node 22 and 24 which have no
+ * `node:ffi`. Imports nothing of Effect, and koffi itself only when asked to.
+ */
+import type * as KoffiModule from "koffi"
+import { createRequire } from "node:module"
+import process from "node:process"
+import { getSystemErrorMap } from "node:util"
+import { isMainThread } from "node:worker_threads"
+import {
+  EFD_CLOEXEC,
+  ErrnoNumber,
+  type ForeignBuffer,
+  type ForeignFunctions,
+  isForeignString,
+  MFD_CLOEXEC,
+  O_CLOEXEC,
+  POLL_DISCONNECT,
+  POLL_READABLE,
+  POLL_WRITABLE,
+  type PollCallback,
+  type PollHandle,
+  SIG_DFL,
+  SIGACTION_HANDLER,
+  SIGACTION_SIZE,
+  syscallNumbers
+} from "./ForeignFunctions.ts"
+import { guardedPollCallback } from "./PollCallback.ts"
+
+/** What koffi really passes to a poll callback; its declarations leave the status out. */
+interface KoffiPollEvents {
+  readonly readable: boolean
+  readonly writable: boolean
+  readonly disconnect: boolean
+}
+
+/** koffi returns a 64-bit result as a number where that is exact. */
+type Integer64 = number | bigint
+
+/** Loads koffi, or says with `undefined` that it is not installed. */
+const loadKoffi = (): typeof KoffiModule | undefined => {
+  try {
+    return createRequire(import.meta.url)("koffi")
+  } catch {
+    return undefined
+  }
+}
+
+/** The errno in the text of an error that koffi made from libuv's `uv_strerror`. */
+const errnoOfMessage = (message: string): number => {
+  for (const [number, [, text]] of getSystemErrorMap()) {
+    if (message.endsWith(text)) return number
+  }
+  return -ErrnoNumber.EINVAL
+}
+
+/** Makes this thread's functions, or says with `undefined` that koffi is not installed. */
+export const makeKoffiFfi = (): ForeignFunctions | undefined => {
+  const koffi = loadKoffi()
+  const calls = syscallNumbers[process.arch]
+  if (koffi === undefined || calls === undefined) return undefined
+  // The process image itself has libc: no library name, so musl works as glibc does.
+  const lib = koffi.load(null)
+  const cErrnoLocation: () => Integer64 = lib.func("uint64_t __errno_location()")
+  const cSigrtmin: () => number = lib.func("int __libc_current_sigrtmin()")
+  const cOpen: (path: string, flags: number, mode: number) => number = lib.func(
+    "int open(const char *path, int flags, uint32_t mode)"
+  )
+  const cClose: (fd: number) => number = lib.func("int close(int fd)")
+  const cIoctl: (fd: number, request: number, argument: bigint) => number = lib.func(
+    "int ioctl(int fd, uint32_t request, uint64_t argument)"
+  )
+  const cIoctlBuffer: (fd: number, request: number, argument: ForeignBuffer) => number = lib.func(
+    "int ioctl(int fd, uint32_t request, void *argument)"
+  )
+  const cMemfdCreate: (name: string, flags: number) => number = lib.func(
+    "int memfd_create(const char *name, uint32_t flags)"
+  )
+  const cFtruncate: (fd: number, length: number) => number = lib.func("int ftruncate(int fd, int64_t length)")
+  const cMmap: (
+    address: number,
+    length: number,
+    protection: number,
+    flags: number,
+    fd: number,
+    offset: number
+  ) => Integer64 = lib.func(
+    "int64_t mmap(uint64_t address, uint64_t length, int protection, int flags, int fd, int64_t offset)"
+  )
+  const cMunmap: (address: bigint, length: number) => number = lib.func("int munmap(uint64_t address, uint64_t length)")
+  const cMadvise: (address: bigint, length: number, advice: number) => number = lib.func(
+    "int madvise(uint64_t address, uint64_t length, int advice)"
+  )
+  const cEventfd: (initial: number, flags: number) => number = lib.func("int eventfd(uint32_t initial, int flags)")
+  const cEventfdWrite: (fd: number, value: number) => number = lib.func("int eventfd_write(int fd, uint64_t value)")
+  const cEventfdRead: (fd: number, value: bigint) => number = lib.func("int eventfd_read(int fd, uint64_t value)")
+  const cSyscall: (number: number, a: number, b: number, c: number) => Integer64 = lib.func(
+    "int64_t syscall(int64_t number, int64_t a, int64_t b, int64_t c)"
+  )
+  const cSigaction: (signal: number, action: bigint, old: bigint) => number = lib.func(
+    "int sigaction(int signal, uint64_t action, uint64_t old)"
+  )
+
+  // `errno` of this thread as a typed array: read at once after the call, before anything can allocate and change it.
+  const errno = new Int32Array(koffi.view(BigInt(cErrnoLocation()), 4))
+  const failure = (): number => -(errno[0] ?? ErrnoNumber.EINVAL)
+
+  const counter = new Uint32Array(new ArrayBuffer(8))
+  const counterAddress = koffi.address(counter)
+
+  // koffi closes a watcher that is garbage collected, so every open one is held here.
+  const open = new Set<KoffiModule.node.PollHandle>()
+
+  const poll = (fd: number, events: number, callback: PollCallback): PollHandle | number => {
+    if (!isMainThread) return -ErrnoNumber.ENOTSUP
+    const guarded = guardedPollCallback(callback)
+    const onPoll = (status: number, ready: KoffiPollEvents): void => {
+      if (!open.has(handle)) return
+      guarded(
+        status,
+        (ready.readable ? POLL_READABLE : 0) | (ready.writable ? POLL_WRITABLE : 0) |
+          (ready.disconnect ? POLL_DISCONNECT : 0)
+      )
+    }
+    let handle: KoffiModule.node.PollHandle
+    try {
+      handle = Reflect.apply(koffi.node.poll, koffi.node, [fd, {
+        readable: (events & POLL_READABLE) !== 0,
+        writable: (events & POLL_WRITABLE) !== 0,
+        disconnect: (events & POLL_DISCONNECT) !== 0
+      }, onPoll])
+    } catch (cause) {
+      return errnoOfMessage(cause instanceof Error ? cause.message : String(cause))
+    }
+    open.add(handle)
+    return {
+      ref: () => {
+        if (open.has(handle)) handle.ref()
+      },
+      unref: () => {
+        if (open.has(handle)) handle.unref()
+      },
+      close: () => {
+        if (open.delete(handle)) handle.close()
+      }
+    }
+  }
+
+  const installKickSignal = (): number => {
+    const signal = cSigrtmin() + 1
+    const handler = BigInt(lib.symbol("getpid"))
+    const action = new DataView(new ArrayBuffer(SIGACTION_SIZE))
+    if (cSigaction(signal, 0n, koffi.address(action)) < 0) return failure()
+    const current = action.getBigUint64(SIGACTION_HANDLER, true)
+    if (current === handler) return signal
+    if (current !== SIG_DFL) return -ErrnoNumber.EBUSY
+    const wanted = new DataView(new ArrayBuffer(SIGACTION_SIZE))
+    wanted.setBigUint64(SIGACTION_HANDLER, handler, true)
+    return cSigaction(signal, koffi.address(wanted), 0n) < 0 ? failure() : signal
+  }
+
+  return {
+    name: "koffi",
+    open: (path, flags) => {
+      if (!isForeignString(path)) return -ErrnoNumber.EINVAL
+      const result = cOpen(path, flags | O_CLOEXEC, 0)
+      return result < 0 ? failure() : result
+    },
+    close: (fd) => cClose(fd) < 0 ? failure() : 0,
+    ioctlNumber: (fd, request, argument) => {
+      const result = cIoctl(fd, request, argument)
+      return result < 0 ? failure() : result
+    },
+    ioctlBuffer: (fd, request, argument) => {
+      const result = cIoctlBuffer(fd, request, argument)
+      return result < 0 ? failure() : result
+    },
+    memfdCreate: (name, flags) => {
+      if (!isForeignString(name)) return -ErrnoNumber.EINVAL
+      const result = cMemfdCreate(name, flags | MFD_CLOEXEC)
+      return result < 0 ? failure() : result
+    },
+    ftruncate: (fd, length) => cFtruncate(fd, length) < 0 ? failure() : 0,
+    mmap: (length, protection, flags, fd, offset) => {
+      const address = cMmap(0, length, protection, flags, fd, offset)
+      return BigInt(address) === -1n ? BigInt(failure()) : BigInt(address)
+    },
+    munmap: (address, length) => cMunmap(address, length) < 0 ? failure() : 0,
+    madvise: (address, length, advice) => cMadvise(address, length, advice) < 0 ? failure() : 0,
+    viewAt: (address, length) => koffi.view(address, length),
+    addressOf: (buffer) => koffi.address(buffer),
+    eventfd: (initial, flags) => {
+      const result = cEventfd(initial, flags | EFD_CLOEXEC)
+      return result < 0 ? failure() : result
+    },
+    eventfdWrite: (fd) => cEventfdWrite(fd, 1) < 0 ? failure() : 0,
+    eventfdRead: (fd) => {
+      if (cEventfdRead(fd, counterAddress) < 0) return failure()
+      return (counter[0] ?? 0) + (counter[1] ?? 0) * 0x1_0000_0000
+    },
+    gettid: () => Number(cSyscall(calls.gettid, 0, 0, 0)),
+    tgkill: (threadId, signal) => Number(cSyscall(calls.tgkill, process.pid, threadId, signal)) < 0 ? failure() : 0,
+    installKickSignal,
+    poll
+  }
+}

@@ -1,0 +1,200 @@
+/**
+ * The foreign functions on Node's built-in `node:ffi` (Node 26.1 and later). Imports nothing of Effect.
+ */
+import type * as NodeFfiModule from "node:ffi"
+import process from "node:process"
+import { isMainThread } from "node:worker_threads"
+import {
+  EFD_CLOEXEC,
+  ErrnoNumber,
+  type ForeignFunctions,
+  isForeignString,
+  MFD_CLOEXEC,
+  O_CLOEXEC,
+  type PollCallback,
+  type PollHandle,
+  SIG_DFL,
+  SIGACTION_HANDLER,
+  SIGACTION_SIZE,
+  syscallNumbers
+} from "./ForeignFunctions.ts"
+import { guardedPollCallback } from "./PollCallback.ts"
+
+/** `UV_POLL` of libuv's `uv_handle_type`, part of its stable ABI. */
+const UV_POLL = 8
+
+/**
+ * Loads `node:ffi`, or says with `undefined` that this Node does not have it. `quiet` holds back the module's one
+ * `ExperimentalWarning` and nothing else: the filter is in place only during the (synchronous) load.
+ */
+const loadNodeFfi = (quiet: boolean): typeof NodeFfiModule | undefined => {
+  if (!quiet) return process.getBuiltinModule("node:ffi")
+  const emitWarning: unknown = Reflect.get(process, "emitWarning")
+  if (typeof emitWarning !== "function") return process.getBuiltinModule("node:ffi")
+  process.emitWarning = (...warning: Array<unknown>) => {
+    if (warning[1] === "ExperimentalWarning" && String(warning[0]).includes("FFI")) return
+    Reflect.apply(emitWarning, process, warning)
+  }
+  try {
+    return process.getBuiltinModule("node:ffi")
+  } finally {
+    Reflect.set(process, "emitWarning", emitWarning)
+  }
+}
+
+/** Makes this thread's functions, or says with `undefined` that this Node has no `node:ffi`. */
+export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFunctions | undefined => {
+  const ffi = loadNodeFfi(options.quiet)
+  const calls = syscallNumbers[process.arch]
+  if (ffi === undefined || calls === undefined) return undefined
+  // The process image itself has libc and libuv: no library names, so musl works as glibc does.
+  const { functions: c, lib } = ffi.dlopen(null, {
+    __errno_location: { arguments: [], return: "u64" },
+    __libc_current_sigrtmin: { arguments: [], return: "i32" },
+    open: { arguments: ["string", "i32", "u32"], return: "i32" },
+    close: { arguments: ["i32"], return: "i32" },
+    ioctl: { arguments: ["i32", "u32", "u64"], return: "i32" },
+    memfd_create: { arguments: ["string", "u32"], return: "i32" },
+    ftruncate: { arguments: ["i32", "i64"], return: "i32" },
+    mmap: { arguments: ["u64", "u64", "i32", "i32", "i32", "i64"], return: "i64" },
+    munmap: { arguments: ["u64", "u64"], return: "i32" },
+    madvise: { arguments: ["u64", "u64", "i32"], return: "i32" },
+    eventfd: { arguments: ["u32", "i32"], return: "i32" },
+    eventfd_write: { arguments: ["i32", "u64"], return: "i32" },
+    eventfd_read: { arguments: ["i32", "u64"], return: "i32" },
+    syscall: { arguments: ["i64", "i64", "i64", "i64"], return: "i64" },
+    sigaction: { arguments: ["i32", "u64", "u64"], return: "i32" },
+    calloc: { arguments: ["u64", "u64"], return: "u64" },
+    free: { arguments: ["u64"], return: "void" },
+    uv_handle_size: { arguments: ["i32"], return: "u64" },
+    uv_poll_init: { arguments: ["u64", "u64", "i32"], return: "i32" },
+    uv_poll_start: { arguments: ["u64", "i32", "u64"], return: "i32" },
+    uv_poll_stop: { arguments: ["u64"], return: "i32" },
+    uv_ref: { arguments: ["u64"], return: "void" },
+    uv_unref: { arguments: ["u64"], return: "void" },
+    uv_close: { arguments: ["u64", "u64"], return: "void" }
+  })
+  // A second handle on the same symbols, for the pointer form of `ioctl`.
+  const { functions: withBuffer } = ffi.dlopen(null, {
+    ioctl: { arguments: ["i32", "u32", "buffer"], return: "i32" }
+  })
+
+  // `errno` of this thread as a typed array: read at once after the call, before anything can allocate and change it.
+  const errno = new Int32Array(ffi.toArrayBuffer(c.__errno_location(), 4, false))
+  const failure = (): number => -(errno[0] ?? ErrnoNumber.EINVAL)
+
+  const counter = new BigUint64Array(new ArrayBuffer(8))
+  const counterWords = new Uint32Array(counter.buffer)
+  const counterAddress = ffi.getRawPointer(counter)
+
+  // One close callback for all watchers: frees the libuv handle and the watcher's own callback.
+  const closing = new Map<bigint, bigint>()
+  let closeCallback: bigint | undefined
+  const onClosed = (handle: bigint): void => {
+    const callback = closing.get(handle)
+    closing.delete(handle)
+    if (callback !== undefined) lib.unregisterCallback(callback)
+    c.free(handle)
+  }
+  const closeHandle = (handle: bigint, callback: bigint): void => {
+    closeCallback ??= lib.registerCallback({ arguments: ["u64"], return: "void" }, onClosed)
+    closing.set(handle, callback)
+    c.uv_close(handle, closeCallback)
+  }
+
+  const poll = (fd: number, events: number, callback: PollCallback): PollHandle | number => {
+    if (!isMainThread) return -ErrnoNumber.ENOTSUP
+    const handle = c.calloc(1n, c.uv_handle_size(UV_POLL))
+    const initialised = c.uv_poll_init(ffi.getCurrentEventLoop(), handle, fd)
+    if (initialised < 0) {
+      c.free(handle)
+      return initialised
+    }
+    const guarded = guardedPollCallback(callback)
+    let open = true
+    const native = lib.registerCallback(
+      { arguments: ["u64", "i32", "i32"], return: "void" },
+      (_handle, status, events) => {
+        if (open) guarded(status, events)
+      }
+    )
+    const started = c.uv_poll_start(handle, events, native)
+    if (started < 0) {
+      closeHandle(handle, native)
+      return started
+    }
+    return {
+      ref: () => {
+        if (open) c.uv_ref(handle)
+      },
+      unref: () => {
+        if (open) c.uv_unref(handle)
+      },
+      close: () => {
+        if (!open) return
+        open = false
+        c.uv_poll_stop(handle)
+        closeHandle(handle, native)
+      }
+    }
+  }
+
+  const installKickSignal = (): number => {
+    const signal = c.__libc_current_sigrtmin() + 1
+    const handler = lib.getSymbol("getpid")
+    const action = new DataView(new ArrayBuffer(SIGACTION_SIZE))
+    if (c.sigaction(signal, 0n, ffi.getRawPointer(action)) < 0) return failure()
+    const current = action.getBigUint64(SIGACTION_HANDLER, true)
+    if (current === handler) return signal
+    if (current !== SIG_DFL) return -ErrnoNumber.EBUSY
+    const wanted = new DataView(new ArrayBuffer(SIGACTION_SIZE))
+    wanted.setBigUint64(SIGACTION_HANDLER, handler, true)
+    return c.sigaction(signal, ffi.getRawPointer(wanted), 0n) < 0 ? failure() : signal
+  }
+
+  return {
+    name: "node:ffi",
+    open: (path, flags) => {
+      if (!isForeignString(path)) return -ErrnoNumber.EINVAL
+      const result = c.open(path, flags | O_CLOEXEC, 0)
+      return result < 0 ? failure() : result
+    },
+    close: (fd) => c.close(fd) < 0 ? failure() : 0,
+    ioctlNumber: (fd, request, argument) => {
+      const result = c.ioctl(fd, request, argument)
+      return result < 0 ? failure() : result
+    },
+    ioctlBuffer: (fd, request, argument) => {
+      const result = withBuffer.ioctl(fd, request, argument)
+      return result < 0 ? failure() : result
+    },
+    memfdCreate: (name, flags) => {
+      if (!isForeignString(name)) return -ErrnoNumber.EINVAL
+      const result = c.memfd_create(name, flags | MFD_CLOEXEC)
+      return result < 0 ? failure() : result
+    },
+    ftruncate: (fd, length) => c.ftruncate(fd, BigInt(length)) < 0 ? failure() : 0,
+    mmap: (length, protection, flags, fd, offset) => {
+      const address = c.mmap(0n, BigInt(length), protection, flags, fd, BigInt(offset))
+      return address === -1n ? BigInt(failure()) : address
+    },
+    munmap: (address, length) => c.munmap(address, BigInt(length)) < 0 ? failure() : 0,
+    madvise: (address, length, advice) => c.madvise(address, BigInt(length), advice) < 0 ? failure() : 0,
+    viewAt: (address, length) => ffi.toArrayBuffer(address, length, false),
+    addressOf: (buffer) => ffi.getRawPointer(buffer),
+    eventfd: (initial, flags) => {
+      const result = c.eventfd(initial, flags | EFD_CLOEXEC)
+      return result < 0 ? failure() : result
+    },
+    eventfdWrite: (fd) => c.eventfd_write(fd, 1n) < 0 ? failure() : 0,
+    eventfdRead: (fd) => {
+      if (c.eventfd_read(fd, counterAddress) < 0) return failure()
+      return (counterWords[0] ?? 0) + (counterWords[1] ?? 0) * 0x1_0000_0000
+    },
+    gettid: () => Number(c.syscall(BigInt(calls.gettid), 0n, 0n, 0n)),
+    tgkill: (threadId, signal) =>
+      c.syscall(BigInt(calls.tgkill), BigInt(process.pid), BigInt(threadId), BigInt(signal)) < 0n ? failure() : 0,
+    installKickSignal,
+    poll
+  }
+}
