@@ -5,8 +5,6 @@
 import type * as KoffiModule from "koffi"
 import { createRequire } from "node:module"
 import process from "node:process"
-import { getSystemErrorMap } from "node:util"
-import { isMainThread } from "node:worker_threads"
 import {
   EFD_CLOEXEC,
   ErrnoNumber,
@@ -15,24 +13,12 @@ import {
   isForeignString,
   MFD_CLOEXEC,
   O_CLOEXEC,
-  POLL_DISCONNECT,
-  POLL_READABLE,
-  POLL_WRITABLE,
-  type PollCallback,
-  type PollHandle,
   SIG_DFL,
   SIGACTION_HANDLER,
   SIGACTION_SIZE,
   syscallNumbers
 } from "./ForeignFunctions.ts"
-import { guardedPollCallback } from "./PollCallback.ts"
-
-/** What koffi really passes to a poll callback; its declarations leave the status out. */
-interface KoffiPollEvents {
-  readonly readable: boolean
-  readonly writable: boolean
-  readonly disconnect: boolean
-}
+import { makePoll, UV_POLL } from "./UvPoll.ts"
 
 /** koffi returns a 64-bit result as a number where that is exact. */
 type Integer64 = number | bigint
@@ -44,14 +30,6 @@ const loadKoffi = (): typeof KoffiModule | undefined => {
   } catch {
     return undefined
   }
-}
-
-/** The errno in the text of an error that koffi made from libuv's `uv_strerror`. */
-const errnoOfMessage = (message: string): number => {
-  for (const [number, [, text]] of getSystemErrorMap()) {
-    if (message.endsWith(text)) return number
-  }
-  return -ErrnoNumber.EINVAL
 }
 
 /** Makes this thread's functions, or says with `undefined` that koffi is not installed. */
@@ -108,43 +86,48 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
   const counter = new Uint32Array(new ArrayBuffer(8))
   const counterAddress = koffi.address(counter)
 
-  // koffi closes a watcher that is garbage collected, so every open one is held here.
-  const open = new Set<KoffiModule.node.PollHandle>()
-
-  const poll = (fd: number, events: number, callback: PollCallback): PollHandle | number => {
-    if (!isMainThread) return -ErrnoNumber.ENOTSUP
-    const guarded = guardedPollCallback(callback)
-    const onPoll = (status: number, ready: KoffiPollEvents): void => {
-      if (!open.has(handle)) return
-      guarded(
-        status,
-        (ready.readable ? POLL_READABLE : 0) | (ready.writable ? POLL_WRITABLE : 0) |
-          (ready.disconnect ? POLL_DISCONNECT : 0)
-      )
-    }
-    let handle: KoffiModule.node.PollHandle
-    try {
-      handle = Reflect.apply(koffi.node.poll, koffi.node, [fd, {
-        readable: (events & POLL_READABLE) !== 0,
-        writable: (events & POLL_WRITABLE) !== 0,
-        disconnect: (events & POLL_DISCONNECT) !== 0
-      }, onPoll])
-    } catch (cause) {
-      return errnoOfMessage(cause instanceof Error ? cause.message : String(cause))
-    }
-    open.add(handle)
+  // Not `koffi.node.poll`: it aborts the process when libuv refuses the descriptor.
+  const poll = makePoll(({ onClosed, onPoll }) => {
+    const calloc: (count: number, size: number) => Integer64 = lib.func("uint64_t calloc(size_t count, size_t size)")
+    const free: (address: bigint) => void = lib.func("void free(uint64_t address)")
+    const handleSize: (type: number) => number = lib.func("size_t uv_handle_size(int type)")
+    const getLoop: (env: typeof KoffiModule.node.env, loop: BigUint64Array) => number = lib.func(
+      "int napi_get_uv_event_loop(void *env, void *loop)"
+    )
+    const init: (loop: bigint, handle: bigint, fd: number) => number = lib.func(
+      "int uv_poll_init(uint64_t loop, uint64_t handle, int fd)"
+    )
+    const start: (handle: bigint, events: number, callback: bigint) => number = lib.func(
+      "int uv_poll_start(uint64_t handle, int events, uint64_t callback)"
+    )
+    const stop: (handle: bigint) => void = lib.func("int uv_poll_stop(uint64_t handle)")
+    const ref: (handle: bigint) => void = lib.func("void uv_ref(uint64_t handle)")
+    const unref: (handle: bigint) => void = lib.func("void uv_unref(uint64_t handle)")
+    const close: (handle: bigint, callback: bigint) => void = lib.func(
+      "void uv_close(uint64_t handle, uint64_t callback)"
+    )
+    const pollCallback = koffi.register(
+      (handle: Integer64, status: number, events: number) => onPoll(BigInt(handle), status, events),
+      koffi.pointer(koffi.proto("void", ["uint64_t", "int", "int"]))
+    )
+    const closeCallback = koffi.register(
+      (handle: Integer64) => onClosed(BigInt(handle)),
+      koffi.pointer(koffi.proto("void", ["uint64_t"]))
+    )
+    const size = handleSize(UV_POLL)
+    const loop = new BigUint64Array(new ArrayBuffer(8))
+    getLoop(koffi.node.env, loop)
     return {
-      ref: () => {
-        if (open.has(handle)) handle.ref()
-      },
-      unref: () => {
-        if (open.has(handle)) handle.unref()
-      },
-      close: () => {
-        if (open.delete(handle)) handle.close()
-      }
+      allocate: () => BigInt(calloc(1, size)),
+      free,
+      init: (handle, fd) => init(loop[0] ?? 0n, handle, fd),
+      start: (handle, events) => start(handle, events, pollCallback),
+      stop,
+      ref,
+      unref,
+      close: (handle) => close(handle, closeCallback)
     }
-  }
+  })
 
   const installKickSignal = (): number => {
     const signal = cSigrtmin() + 1

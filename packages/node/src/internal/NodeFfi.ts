@@ -3,7 +3,6 @@
  */
 import type * as NodeFfiModule from "node:ffi"
 import process from "node:process"
-import { isMainThread } from "node:worker_threads"
 import {
   EFD_CLOEXEC,
   ErrnoNumber,
@@ -11,17 +10,12 @@ import {
   isForeignString,
   MFD_CLOEXEC,
   O_CLOEXEC,
-  type PollCallback,
-  type PollHandle,
   SIG_DFL,
   SIGACTION_HANDLER,
   SIGACTION_SIZE,
   syscallNumbers
 } from "./ForeignFunctions.ts"
-import { guardedPollCallback } from "./PollCallback.ts"
-
-/** `UV_POLL` of libuv's `uv_handle_type`, part of its stable ABI. */
-const UV_POLL = 8
+import { makePoll, UV_POLL } from "./UvPoll.ts"
 
 /**
  * Loads `node:ffi`, or says with `undefined` that this Node does not have it. `quiet` holds back the module's one
@@ -87,57 +81,22 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
   const counterWords = new Uint32Array(counter.buffer)
   const counterAddress = ffi.getRawPointer(counter)
 
-  // One close callback for all watchers: frees the libuv handle and the watcher's own callback.
-  const closing = new Map<bigint, bigint>()
-  let closeCallback: bigint | undefined
-  const onClosed = (handle: bigint): void => {
-    const callback = closing.get(handle)
-    closing.delete(handle)
-    if (callback !== undefined) lib.unregisterCallback(callback)
-    c.free(handle)
-  }
-  const closeHandle = (handle: bigint, callback: bigint): void => {
-    closeCallback ??= lib.registerCallback({ arguments: ["u64"], return: "void" }, onClosed)
-    closing.set(handle, callback)
-    c.uv_close(handle, closeCallback)
-  }
-
-  const poll = (fd: number, events: number, callback: PollCallback): PollHandle | number => {
-    if (!isMainThread) return -ErrnoNumber.ENOTSUP
-    const handle = c.calloc(1n, c.uv_handle_size(UV_POLL))
-    const initialised = c.uv_poll_init(ffi.getCurrentEventLoop(), handle, fd)
-    if (initialised < 0) {
-      c.free(handle)
-      return initialised
-    }
-    const guarded = guardedPollCallback(callback)
-    let open = true
-    const native = lib.registerCallback(
-      { arguments: ["u64", "i32", "i32"], return: "void" },
-      (_handle, status, events) => {
-        if (open) guarded(status, events)
-      }
-    )
-    const started = c.uv_poll_start(handle, events, native)
-    if (started < 0) {
-      closeHandle(handle, native)
-      return started
-    }
+  const poll = makePoll(({ onClosed, onPoll }) => {
+    const pollCallback = lib.registerCallback({ arguments: ["u64", "i32", "i32"], return: "void" }, onPoll)
+    const closeCallback = lib.registerCallback({ arguments: ["u64"], return: "void" }, onClosed)
+    const size = c.uv_handle_size(UV_POLL)
+    const loop = ffi.getCurrentEventLoop()
     return {
-      ref: () => {
-        if (open) c.uv_ref(handle)
-      },
-      unref: () => {
-        if (open) c.uv_unref(handle)
-      },
-      close: () => {
-        if (!open) return
-        open = false
-        c.uv_poll_stop(handle)
-        closeHandle(handle, native)
-      }
+      allocate: () => c.calloc(1n, size),
+      free: (handle) => c.free(handle),
+      init: (handle, fd) => c.uv_poll_init(loop, handle, fd),
+      start: (handle, events) => c.uv_poll_start(handle, events, pollCallback),
+      stop: (handle) => c.uv_poll_stop(handle),
+      ref: (handle) => c.uv_ref(handle),
+      unref: (handle) => c.uv_unref(handle),
+      close: (handle) => c.uv_close(handle, closeCallback)
     }
-  }
+  })
 
   const installKickSignal = (): number => {
     const signal = c.__libc_current_sigrtmin() + 1
