@@ -1,0 +1,47 @@
+/* Waiting, halted, with a limit; and the two timer actions. */
+#include "guest.h"
+
+#define TICKS 10
+#define TICK_MS 10
+#define LIMIT_MS 10000
+
+#define PIT_CHANNEL0 0x40
+#define PIT_COMMAND 0x43
+#define PIT_RATE_GENERATOR 0x34
+#define PIT_HZ 1193182
+
+bool wait_for(const volatile u32 *value, u32 wanted, u32 ms) {
+  u32 before = interrupt_count[VECTOR_TIMER];
+  lapic_timer(ms, false);
+  while ((i64)*value - (i64)wanted < 0 && interrupt_count[VECTOR_TIMER] == before) sleep_until_interrupt();
+  lapic_timer(0, false);
+  return (i64)*value - (i64)wanted >= 0;
+}
+
+/* The periodic timer is what is being tested: it is also what wakes the loop, so there is no other limit here than the
+ * host's patience. */
+void timer_ticks(void) {
+  u32 first = interrupt_count[VECTOR_TIMER];
+  lapic_timer(TICK_MS, true);
+  while (interrupt_count[VECTOR_TIMER] - first < TICKS) sleep_until_interrupt();
+  lapic_timer(0, false);
+  say("timer %u ticks", U(TICKS));
+}
+
+void pit_ticks(void) {
+  u32 divisor = PIT_HZ * TICK_MS / 1000, first = interrupt_count[VECTOR_PIT];
+  if (!isa_route(0, VECTOR_PIT)) {
+    say("pit failed after 0 ticks");
+    return;
+  }
+  out8(PIT_COMMAND, PIT_RATE_GENERATOR);
+  out8(PIT_CHANNEL0, (u8)divisor);
+  out8(PIT_CHANNEL0, (u8)(divisor >> 8));
+  bool done = wait_for(&interrupt_count[VECTOR_PIT], first + TICKS, LIMIT_MS);
+  isa_mask(0);
+  out8(PIT_COMMAND, 0x30); /* mode 0 without a count: quiet again */
+  if (done)
+    say("pit %u ticks", U(TICKS));
+  else
+    say("pit failed after %u ticks", U(interrupt_count[VECTOR_PIT] - first));
+}
