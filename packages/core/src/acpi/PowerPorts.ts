@@ -8,12 +8,6 @@ export const SLEEP_STATUS_PORT = 0x601
 export const RESET_PORT = 0x602
 /** `RESET_VALUE`: what the guest writes to {@link RESET_PORT}. */
 export const RESET_VALUE = 0x06
-/** The `SLP_TYP` of S5: the first element of the package `\_S5_` (ACPI 6.5, section 7.4.2). */
-export const SLEEP_TYPE_S5 = 5
-/** `SLP_TYPx` in the sleep control register: three bits from this one on. */
-export const SLP_TYP_SHIFT = 2
-/** `SLP_EN` in the sleep control register: the write takes effect. */
-export const SLP_EN = 0x20
 /** Command and status port of the keyboard controller (8042): the oldest way to reset a PC. */
 export const KEYBOARD_CONTROLLER_PORT = 0x64
 /** The pvpanic device (`_HID` "QEMU0001"), one byte: a guest kernel says here that it has panicked. */
