@@ -4,7 +4,7 @@
  * A range declares, for its reads and its writes, the cheapest way that is still right; the hypervisor layers honour the
  * declaration and device code never sees which of them is below.
  */
-import { addressEnd, ADDRESS_LIMIT, formatAddress, INVALID_ADDRESS } from "./GuestAddress.ts"
+import { ADDRESS_LIMIT, addressEnd, formatAddress, INVALID_ADDRESS } from "./GuestAddress.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
 
 /** Port I/O (`in`, `out`) or memory-mapped I/O. */
@@ -78,7 +78,14 @@ export interface CallReply {
  */
 export interface BusHandlers {
   /** An access that the vCPU waits for. `reply.complete` gives the value read; the vCPU goes on then. */
-  readonly call: (range: number, offset: number, size: number, isWrite: boolean, value: number, reply: CallReply) => void
+  readonly call: (
+    range: number,
+    offset: number,
+    size: number,
+    isWrite: boolean,
+    value: number,
+    reply: CallReply
+  ) => void
   /** A posted write. Returns `false` when the device has no room for it now: deliver it again later, before any other. */
   readonly posted: (range: number, offset: number, size: number, value: number) => boolean
   /** A doorbell was rung, once or many times. */
@@ -104,7 +111,9 @@ const malformed = (range: BusRange): string | undefined => {
   if (range.size <= 0 || end === INVALID_ADDRESS || end > limit) return "is empty or leaves its address space"
   if (range.read === "register-page") {
     if (range.space === "pio") return "is read from a page, and ports are not memory"
-    if (range.base % PAGE_SIZE !== 0 || range.size % PAGE_SIZE !== 0) return "is read from pages, and is not whole pages"
+    if (range.base % PAGE_SIZE !== 0 || range.size % PAGE_SIZE !== 0) {
+      return "is read from pages, and is not whole pages"
+    }
   }
   for (const doorbell of range.doorbells) {
     if (doorbell.offset < 0 || doorbell.offset + doorbell.size > range.size) return "has a doorbell outside itself"
@@ -175,6 +184,8 @@ export class Bus {
 
   /** A memory-mapped range that overlaps `[base, base + size)`, or `undefined`. */
   overlapping(base: number, size: number): BusRange | undefined {
-    return this.ranges.find((range) => range.space === "mmio" && range.base < base + size && base < range.base + range.size)
+    return this.ranges.find((range) =>
+      range.space === "mmio" && range.base < base + size && base < range.base + range.size
+    )
   }
 }

@@ -7,8 +7,8 @@
  */
 import type * as Context from "effect/Context"
 import type * as Effect from "effect/Effect"
-import * as Schema from "effect/Schema"
 import type * as Schedule from "effect/Schedule"
+import * as Schema from "effect/Schema"
 import type * as Scope from "effect/Scope"
 import type { AmlTerm } from "./acpi/Aml.ts"
 import type { AddressSpace, Doorbell, RangeBacking, ReadAccess, WriteAccess } from "./Bus.ts"

@@ -25,7 +25,9 @@ export const addressFromHalves = (low: number, high: number): number => {
  * non-negative safe integer or the range leaves the address space.
  */
 export const addressEnd = (address: number, length: number): number => {
-  if (!Number.isSafeInteger(address) || !Number.isSafeInteger(length) || address < 0 || length < 0) return INVALID_ADDRESS
+  if (!Number.isSafeInteger(address) || !Number.isSafeInteger(length) || address < 0 || length < 0) {
+    return INVALID_ADDRESS
+  }
   const end = address + length
   return end <= ADDRESS_LIMIT ? end : INVALID_ADDRESS
 }

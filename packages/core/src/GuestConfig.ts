@@ -8,9 +8,9 @@ import * as Effect from "effect/Effect"
 import * as Result from "effect/Result"
 import * as Schema from "effect/Schema"
 import * as SchemaIssue from "effect/SchemaIssue"
-import { PAGE_SIZE } from "./GuestMemory.ts"
 import { BadConfig, type ConfigIssue } from "./GuestError.ts"
 import { GuestFile } from "./GuestFile.ts"
+import { PAGE_SIZE } from "./GuestMemory.ts"
 
 /** The largest `cpus` that the protocol can carry (it is a byte). A hypervisor may allow fewer. */
 export const CPUS_MAX = 255
@@ -49,7 +49,9 @@ export const VsockPort = Schema.Int.check(Schema.isBetween({ minimum: 0, maximum
 export type VsockPort = typeof VsockPort.Type
 
 /** A number of virtual processors, 1 to {@link CPUS_MAX}. */
-export const CpuCount = Schema.Int.check(Schema.isBetween({ minimum: 1, maximum: CPUS_MAX })).pipe(Schema.brand("CpuCount"))
+export const CpuCount = Schema.Int.check(Schema.isBetween({ minimum: 1, maximum: CPUS_MAX })).pipe(
+  Schema.brand("CpuCount")
+)
 /** A number of virtual processors. */
 export type CpuCount = typeof CpuCount.Type
 
@@ -201,7 +203,9 @@ const checkRules = (config: typeof GuestConfig.Type, bytes: number | undefined):
       issues.push(rule(flag, "must be off: this device does not exist yet", true))
     }
   }
-  if (config.virtioSoundInput) issues.push(rule("virtioSoundInput", "must be off: this device does not exist yet", true))
+  if (config.virtioSoundInput) {
+    issues.push(rule("virtioSoundInput", "must be off: this device does not exist yet", true))
+  }
   if (config.blockDevices.length > 0) {
     issues.push(rule("blockDevices", "must be empty: block devices do not exist yet", config.blockDevices))
   }

@@ -29,7 +29,9 @@ export class HypervisorError extends Schema.TaggedError<HypervisorError>()("Hype
   override get message(): string {
     const errno = this.errno === undefined ? "" : ` (${this.errno.name})`
     const hint = this.hint === undefined ? "" : `. ${this.hint}`
-    return `${this.operation}${this.arguments === undefined ? "" : `(${this.arguments})`}: ${this.detail}${errno}${hint}`
+    return `${this.operation}${
+      this.arguments === undefined ? "" : `(${this.arguments})`
+    }: ${this.detail}${errno}${hint}`
   }
 }
 

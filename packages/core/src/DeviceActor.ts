@@ -1,0 +1,263 @@
+/**
+ * A device as an actor: one fiber, one bounded mailbox, turns of plain code, restarts by policy.
+ *
+ * The hypervisor delivers accesses from outside any fiber, so the mailbox is a ring of typed arrays filled without
+ * allocation; a delivery wakes the device's fiber, which then works on everything that waits. One access is handled at a
+ * time, in the order of delivery. Doorbells and signals carry no data, so those that wait are merged.
+ */
+import * as Cause from "effect/Cause"
+import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
+import * as Schema from "effect/Schema"
+import * as Scope from "effect/Scope"
+import type { CallReply } from "./Bus.ts"
+import type { Device, DeviceBehaviour, DeviceContext, DeviceFailure, DevicePolicy } from "./Device.ts"
+
+/** The most accesses that wait for a device. Posted writes leave {@link CALL_RESERVE} places free for calls. */
+export const MAILBOX_CAPACITY = 2048
+/** Places that only calls take: more than any machine has vCPUs, and each vCPU waits for at most one call. */
+export const CALL_RESERVE = 512
+/** The most accesses handled in one turn before other fibers run. */
+export const TURN_ACCESSES = 512
+/** Signals are numbered below this. */
+export const SIGNAL_LIMIT = 32
+
+const KIND_READ = 0
+const KIND_WRITE = 1
+const KIND_POSTED = 2
+
+/** A device has failed and will not be started again. */
+export class DeviceEscalated extends Schema.TaggedError<DeviceEscalated>()("DeviceEscalated", {
+  device: Schema.String,
+  /** How often it was started. */
+  starts: Schema.Int,
+  detail: Schema.String
+}) {}
+
+class DeviceCrashed extends Schema.TaggedError<DeviceCrashed>()("DeviceCrashed", { detail: Schema.String }) {}
+
+/** The machine's side of a running device. */
+export class DeviceActor {
+  readonly device: Device
+  readonly #makeContext: (generation: number, signal: (number: number) => void) => DeviceContext
+  readonly #policy: DevicePolicy
+
+  readonly #kinds = new Uint8Array(MAILBOX_CAPACITY)
+  readonly #ranges = new Uint16Array(MAILBOX_CAPACITY)
+  readonly #offsets = new Uint32Array(MAILBOX_CAPACITY)
+  readonly #sizes = new Uint8Array(MAILBOX_CAPACITY)
+  readonly #values = new Uint32Array(MAILBOX_CAPACITY)
+  readonly #replies: Array<CallReply | undefined> = Array.from({ length: MAILBOX_CAPACITY })
+  #head = 0
+  #count = 0
+
+  /** One entry a doorbell: which range, which doorbell of it, and whether it waits. */
+  readonly #doorbellRanges: Uint16Array
+  readonly #doorbellIndexes: Uint16Array
+  readonly #doorbellWaits: Uint8Array
+  readonly #doorbellBase: Uint16Array
+  #doorbellsWaiting = 0
+  #signals = 0
+
+  #wake: (() => void) | undefined
+  #generation = 0
+  #current: { readonly behaviour: DeviceBehaviour; readonly scope: Scope.Closeable } | undefined
+
+  constructor(
+    device: Device,
+    policy: DevicePolicy,
+    makeContext: (generation: number, signal: (number: number) => void) => DeviceContext
+  ) {
+    this.device = device
+    this.#policy = policy
+    this.#makeContext = makeContext
+    const doorbells = device.ranges.flatMap((range, index) =>
+      (range.doorbells ?? []).map((_, bell) => ({ index, bell }))
+    )
+    this.#doorbellRanges = Uint16Array.from(doorbells, (doorbell) => doorbell.index)
+    this.#doorbellIndexes = Uint16Array.from(doorbells, (doorbell) => doorbell.bell)
+    this.#doorbellWaits = new Uint8Array(doorbells.length)
+    this.#doorbellBase = new Uint16Array(device.ranges.length)
+    let base = 0
+    device.ranges.forEach((range, index) => {
+      this.#doorbellBase[index] = base
+      base += range.doorbells?.length ?? 0
+    })
+  }
+
+  /** Delivers an access that a vCPU waits for. */
+  readonly call = (
+    range: number,
+    offset: number,
+    size: number,
+    isWrite: boolean,
+    value: number,
+    reply: CallReply
+  ): void => {
+    if (this.#count === MAILBOX_CAPACITY) {
+      throw new Error(`${this.device.name}: more calls wait than there can be vCPUs`)
+    }
+    this.#push(isWrite ? KIND_WRITE : KIND_READ, range, offset, size, value, reply)
+  }
+
+  /** Delivers a posted write; `false` when there is no room. */
+  readonly posted = (range: number, offset: number, size: number, value: number): boolean => {
+    if (this.#count >= MAILBOX_CAPACITY - CALL_RESERVE) return false
+    this.#push(KIND_POSTED, range, offset, size, value, undefined)
+    return true
+  }
+
+  /** Delivers a doorbell. */
+  readonly doorbell = (range: number, doorbell: number): void => {
+    const index = (this.#doorbellBase[range] ?? 0) + doorbell
+    if (this.#doorbellWaits[index] === 0) {
+      this.#doorbellWaits[index] = 1
+      this.#doorbellsWaiting++
+    }
+    this.#wake?.()
+  }
+
+  /** Delivers a signal of the device's own background work. */
+  readonly signal = (number: number): void => {
+    if (number < 0 || number >= SIGNAL_LIMIT) throw new RangeError(`${this.device.name}: signal ${number}`)
+    this.#signals |= 1 << number
+    this.#wake?.()
+  }
+
+  /** Starts the first generation of the device. Its resources belong to the scope, wherever the device is when it closes. */
+  readonly start: Effect.Effect<void, DeviceFailure, Scope.Scope> = Effect.suspend(() =>
+    Effect.acquireRelease(this.#startGeneration, () => this.#endGeneration(Exit.void))
+  )
+
+  /** Works until interrupted; restarts the device by its policy; fails when the policy gives up. */
+  readonly run: Effect.Effect<never, DeviceEscalated> = Effect.suspend(() => {
+    const policy = this.#policy
+    const life = Effect.suspend(() => this.#life).pipe(
+      Effect.catchCause((cause) =>
+        Cause.hasInterruptsOnly(cause) ? Effect.interrupt : Effect.fail(new DeviceCrashed({ detail: tellCause(cause) }))
+      )
+    )
+    return (policy._tag === "restart" ? Effect.retry(life, policy.schedule) : life).pipe(
+      Effect.catchTag(
+        "DeviceCrashed",
+        (crash) => new DeviceEscalated({ device: this.device.name, starts: this.#generation, detail: crash.detail })
+      )
+    )
+  })
+
+  get #startGeneration(): Effect.Effect<void, DeviceFailure> {
+    return Effect.uninterruptibleMask(Effect.fnUntraced({ self: this }, function*(restore) {
+      const scope = yield* Scope.make()
+      const start = Effect.suspend(() => this.device.start(this.#makeContext(this.#generation++, this.signal)))
+      const behaviour = yield* restore(Scope.provide(start, scope)).pipe(
+        Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void)
+      )
+      this.#current = { behaviour, scope }
+    }))
+  }
+
+  #endGeneration(exit: Exit.Exit<unknown, unknown>): Effect.Effect<void> {
+    return Effect.suspend(() => {
+      const current = this.#current
+      this.#current = undefined
+      return current === undefined ? Effect.void : Scope.close(current.scope, exit)
+    })
+  }
+
+  /** One generation, from its start (unless `start` did that) to its failure. */
+  get #life(): Effect.Effect<never, DeviceFailure> {
+    const start = this.#current === undefined ? this.#startGeneration : Effect.void
+    return start.pipe(
+      Effect.andThen(Effect.suspend(() => {
+        const behaviour = this.#current?.behaviour
+        if (behaviour === undefined) return Effect.die(new Error(`${this.device.name}: no behaviour after its start`))
+        const turns = this.#turns(behaviour)
+        return behaviour.run === undefined ? turns : Effect.raceFirst(turns, behaviour.run)
+      })),
+      Effect.onExit((exit) => this.#endGeneration(exit))
+    )
+  }
+
+  #turns(behaviour: DeviceBehaviour): Effect.Effect<never> {
+    const turn = Effect.sync(() => this.#turn(behaviour))
+    const step = Effect.flatMap(turn, () => this.#idle ? this.#park : Effect.yieldNow)
+    return Effect.forever(step, { disableYield: true })
+  }
+
+  get #idle(): boolean {
+    return this.#count === 0 && this.#doorbellsWaiting === 0 && this.#signals === 0
+  }
+
+  readonly #park: Effect.Effect<void> = Effect.callback<void>((resume) => {
+    if (!this.#idle) return resume(Effect.void)
+    this.#wake = () => {
+      this.#wake = undefined
+      resume(Effect.void)
+    }
+    return Effect.sync(() => {
+      this.#wake = undefined
+    })
+  })
+
+  #push(kind: number, range: number, offset: number, size: number, value: number, reply: CallReply | undefined): void {
+    const slot = (this.#head + this.#count) % MAILBOX_CAPACITY
+    this.#kinds[slot] = kind
+    this.#ranges[slot] = range
+    this.#offsets[slot] = offset
+    this.#sizes[slot] = size
+    this.#values[slot] = value
+    this.#replies[slot] = reply
+    this.#count++
+    this.#wake?.()
+  }
+
+  /** Handles what waits, up to the turn's bound. A call whose handler throws is answered before the defect goes on. */
+  #turn(behaviour: DeviceBehaviour): void {
+    for (let handled = 0; handled < TURN_ACCESSES && this.#count > 0; handled++) {
+      const slot = this.#head
+      const reply = this.#replies[slot]
+      this.#replies[slot] = undefined
+      this.#head = (slot + 1) % MAILBOX_CAPACITY
+      this.#count--
+      let answer = 0
+      try {
+        const range = this.#ranges[slot] ?? 0
+        const offset = this.#offsets[slot] ?? 0
+        const size = this.#sizes[slot] ?? 0
+        if (this.#kinds[slot] === KIND_READ) answer = behaviour.read(range, offset, size)
+        else behaviour.write(range, offset, size, this.#values[slot] ?? 0)
+      } finally {
+        reply?.complete(answer)
+      }
+    }
+    if (this.#doorbellsWaiting > 0) this.#ringDoorbells(behaviour)
+    if (this.#signals !== 0) this.#deliverSignals(behaviour)
+  }
+
+  #ringDoorbells(behaviour: DeviceBehaviour): void {
+    for (let index = 0; index < this.#doorbellWaits.length; index++) {
+      if (this.#doorbellWaits[index] === 0) continue
+      this.#doorbellWaits[index] = 0
+      this.#doorbellsWaiting--
+      const more = behaviour.doorbell?.(this.#doorbellRanges[index] ?? 0, this.#doorbellIndexes[index] ?? 0) ?? false
+      if (more && this.#doorbellWaits[index] === 0) {
+        this.#doorbellWaits[index] = 1
+        this.#doorbellsWaiting++
+      }
+    }
+  }
+
+  #deliverSignals(behaviour: DeviceBehaviour): void {
+    const signals = this.#signals
+    this.#signals = 0
+    for (let number = 0; number < SIGNAL_LIMIT; number++) {
+      if ((signals & (1 << number)) === 0) continue
+      if (behaviour.signal?.(number) ?? false) this.#signals |= 1 << number
+    }
+  }
+}
+
+const tellCause = (cause: Cause.Cause<unknown>): string => {
+  const error = Cause.squash(cause)
+  return error instanceof Error ? error.message : String(error)
+}

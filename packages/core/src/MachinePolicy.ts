@@ -1,0 +1,26 @@
+/** What a host decides about its machines: what a reset does, and what happens to a device that fails. */
+import * as Context from "effect/Context"
+import * as Schedule from "effect/Schedule"
+import type { DevicePolicy } from "./Device.ts"
+
+/** Decisions that belong to the host. */
+export interface MachinePolicy {
+  /**
+   * What the guest's reset does. `stop`: `run` returns `Reset`. `run-again`: the machine is built anew from its
+   * configuration, as after power-on, and goes on within the same `run`; published services stay.
+   */
+  readonly reset: "stop" | "run-again"
+  /** What happens to a device that fails, unless the device has a policy of its own. */
+  readonly device: DevicePolicy
+}
+
+/**
+ * The policy in force where a guest is created and run. The default stops at a reset, and starts a failed device again up to
+ * five times, after 10, 20, 40, 80 and 160 ms.
+ */
+export const MachinePolicy: Context.Reference<MachinePolicy> = Context.Reference("@troupe/core/MachinePolicy", {
+  defaultValue: (): MachinePolicy => ({
+    reset: "stop",
+    device: { _tag: "restart", schedule: Schedule.exponential("10 millis").pipe(Schedule.upTo({ times: 5 })) }
+  })
+})

@@ -1,0 +1,92 @@
+/** Gives devices their places: addresses in the device window and interrupt numbers. Pure and deterministic. */
+import * as Result from "effect/Result"
+import { IO_APIC_ADDRESS, VIRTIO_MMIO_ADDRESS } from "./boot/MachineLayout.ts"
+import type { BusRange } from "./Bus.ts"
+import { type Device, DeviceFailure, type DevicePlacement } from "./Device.ts"
+import { PAGE_SIZE } from "./GuestMemory.ts"
+
+/** The first interrupt that is given to a device which asks for any: those below belong to the timer and legacy devices. */
+export const FIRST_FREE_GSI = 5
+
+/** A device and where it was placed. */
+export interface PlacedDevice {
+  readonly device: Device
+  readonly placement: DevicePlacement
+  /** Index of its first range among the ranges of all devices. */
+  readonly firstRange: number
+}
+
+/** All devices of a machine in their places. */
+export interface MachinePlacement {
+  readonly devices: ReadonlyArray<PlacedDevice>
+  /** The ranges of all devices, in order. */
+  readonly ranges: ReadonlyArray<BusRange>
+}
+
+/** Places devices in the order given, or names the one for which there is no place. */
+export const placeDevices = (
+  devices: ReadonlyArray<Device>,
+  interruptLines: number
+): Result.Result<MachinePlacement, DeviceFailure> => {
+  const taken = new Set<number>()
+  for (const device of devices) {
+    for (const request of device.interrupts) {
+      if (request === "any") continue
+      if (request < 0 || request >= interruptLines || taken.has(request)) {
+        return refuse(
+          device,
+          `interrupt ${request} is not free`,
+          "Two devices cannot share an edge-triggered interrupt"
+        )
+      }
+      taken.add(request)
+    }
+  }
+  let nextPage = VIRTIO_MMIO_ADDRESS
+  let nextGsi = FIRST_FREE_GSI
+  const ranges: Array<BusRange> = []
+  const placed: Array<PlacedDevice> = []
+  for (const device of devices) {
+    const firstRange = ranges.length
+    const bases: Array<number> = []
+    for (const request of device.ranges) {
+      let base = request.base
+      if (base === undefined) {
+        if (request.space === "pio") {
+          return refuse(device, "an I/O port range has no base", "Only memory-mapped ranges are placed")
+        }
+        base = nextPage
+        nextPage += Math.ceil(request.size / PAGE_SIZE) * PAGE_SIZE
+        if (nextPage > IO_APIC_ADDRESS) return refuse(device, "the device window is full", "Configure fewer devices")
+      }
+      bases.push(base)
+      ranges.push({
+        space: request.space,
+        base,
+        size: request.size,
+        read: request.read,
+        write: request.write,
+        doorbells: request.doorbells ?? [],
+        device: device.name
+      })
+    }
+    const gsis: Array<number> = []
+    for (const request of device.interrupts) {
+      if (request !== "any") {
+        gsis.push(request)
+        continue
+      }
+      while (taken.has(nextGsi)) nextGsi++
+      if (nextGsi >= interruptLines) {
+        return refuse(device, `all ${interruptLines} interrupt lines are taken`, "Configure fewer devices")
+      }
+      taken.add(nextGsi)
+      gsis.push(nextGsi)
+    }
+    placed.push({ device, placement: { bases, gsis }, firstRange })
+  }
+  return Result.succeed({ devices: placed, ranges })
+}
+
+const refuse = (device: Device, detail: string, hint: string): Result.Result<never, DeviceFailure> =>
+  Result.fail(new DeviceFailure({ device: device.name, detail, hint }))
