@@ -15,6 +15,7 @@ import {
   type ForeignBuffer,
   type ForeignFunctions,
   type ForeignFunctionsName,
+  type Ioctl,
   MAP_ANONYMOUS,
   MAP_NORESERVE,
   MAP_PRIVATE,
@@ -28,15 +29,8 @@ import {
 import { loadForeignFunctions } from "./internal/loadForeignFunctions.ts"
 import { map, type Mapping } from "./internal/Mapping.ts"
 
-export type { ForeignBuffer, ForeignFunctions, ForeignFunctionsName, PollCallback, PollHandle }
+export type { ForeignBuffer, ForeignFunctions, ForeignFunctionsName, Ioctl, PollCallback, PollHandle }
 export { ForeignView, Mapping, UseAfterUnmap } from "./internal/Mapping.ts"
-
-/** An `ioctl` by name and number. */
-export interface Ioctl {
-  readonly name: string
-  /** The request, an unsigned 32-bit number. */
-  readonly request: number
-}
 
 /** An eventfd: a counter in the kernel that one side adds to and the other takes. */
 export interface EventFd {

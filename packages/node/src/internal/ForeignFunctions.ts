@@ -14,6 +14,13 @@ export type ForeignFunctionsName = "node:ffi" | "koffi"
 /** Bytes of JavaScript memory that the kernel may read and write during one call. */
 export type ForeignBuffer = Uint8Array<ArrayBuffer> | DataView<ArrayBuffer> | BigUint64Array<ArrayBuffer>
 
+/** An `ioctl` by name and number. */
+export interface Ioctl {
+  readonly name: string
+  /** The request, an unsigned 32-bit number. */
+  readonly request: number
+}
+
 /** A descriptor watched on Node's event loop. */
 export interface PollHandle {
   /** Lets the watched descriptor keep the process alive (it does so from the start). */
