@@ -1,0 +1,35 @@
+// The clone's `.cache` folder: where it is, and how something is put into it whole or not at all.
+import { randomBytes } from "node:crypto"
+import { existsSync } from "node:fs"
+import { mkdir, rename, rm } from "node:fs/promises"
+import { dirname, join } from "node:path"
+import { fileURLToPath } from "node:url"
+
+/** The root of the clone. */
+export const cloneRoot = fileURLToPath(new URL("../..", import.meta.url)).replace(/\/$/, "")
+
+/** The folder that holds everything downloaded or built; git ignores it, and it may be removed at any time. */
+export const cacheRoot = join(cloneRoot, ".cache")
+
+/** A path inside the cache. */
+export const cachePath = (...parts: ReadonlyArray<string>): string => join(cacheRoot, ...parts)
+
+/**
+ * Returns `path`, after `build` has made it if it is not there yet. `build` works on a temporary sibling, which takes
+ * its place only when complete: a build that is interrupted, or two that run at once, leave nothing half made.
+ */
+export const once = async (path: string, build: (temporary: string) => Promise<void>): Promise<string> => {
+  if (existsSync(path)) return path
+  const temporary = `${path}.${process.pid}.${randomBytes(4).toString("hex")}.tmp`
+  await mkdir(dirname(path), { recursive: true })
+  try {
+    await build(temporary)
+    await rename(temporary, path).catch((cause: unknown) => {
+      // Another process was first: its result is as good.
+      if (!existsSync(path)) throw cause
+    })
+    return path
+  } finally {
+    await rm(temporary, { recursive: true, force: true })
+  }
+}

@@ -1,0 +1,245 @@
+// The nested lab: an emulated AMD machine whose Linux has a real KVM, in which commands of the clone are run.
+import { type ChildProcess, spawn } from "node:child_process"
+import { randomBytes } from "node:crypto"
+import { createWriteStream, type WriteStream } from "node:fs"
+import { mkdir, rm, writeFile } from "node:fs/promises"
+import { join } from "node:path"
+import { Duplex } from "node:stream"
+import { cachePath } from "./Cache.ts"
+import { checkoutEntries } from "./Checkout.ts"
+import { encodeCpio, filesOfCpio } from "./Cpio.ts"
+import { LabError } from "./LabError.ts"
+import { provideKernel } from "./LinuxKernel.ts"
+import { buildOuterInitramfs } from "./OuterInitramfs.ts"
+import { type Progress, toStandardError } from "./Progress.ts"
+import { EMULATOR, requireLab } from "./Requirements.ts"
+import { provideRootImage } from "./RootImage.ts"
+
+export interface LabOptions {
+  /** Names the log of the outer machine's console, `.cache/lab/NAME.log`. */
+  readonly name?: string
+  readonly progress?: Progress
+  /** The outer machine ends after this many seconds, whatever happens. 900 unless given. */
+  readonly limitSeconds?: number
+  /** Memory of the outer machine in MiB. 3072 unless given. */
+  readonly memory?: number
+  readonly kernel?: string | undefined
+  readonly signal?: AbortSignal | undefined
+}
+
+/** A shell script to be run in the lab, in the folder `/repo`; files that it leaves in `$FILES` are brought back. */
+export interface LabJob {
+  readonly script: string
+  /** The script and everything it started are killed after this many seconds. 120 unless given. */
+  readonly timeoutSeconds?: number
+  /** Called with what the script prints, as it comes. */
+  readonly onOutput?: (chunk: Buffer) => void
+}
+
+/** What a job left. */
+export interface LabResult {
+  /** The script's exit code; undefined when its time was up. */
+  readonly code: number | undefined
+  /** Seconds that it took by the outer machine's clock. */
+  readonly seconds: number
+  /** What it printed, standard output and error together. */
+  readonly output: string
+  readonly files: ReadonlyMap<string, Buffer>
+}
+
+interface Pending {
+  readonly marker: Buffer
+  readonly onOutput: ((chunk: Buffer) => void) | undefined
+  readonly resolve: (result: LabResult) => void
+  readonly reject: (error: LabError) => void
+  /** What came and has not been passed on yet, because it might be the beginning of the marker. */
+  rest: Buffer
+  output: Array<Buffer>
+}
+
+/** The outer machine: an AMD processor with SVM and nested paging, and a channel to the host on descriptor 3. */
+const FIXED_OPTIONS: ReadonlyArray<string> = [
+  "-accel tcg,thread=multi -M q35 -cpu max,+svm,+npt -smp 2 -nodefaults -no-user-config -no-reboot",
+  "-display none -serial stdio",
+  "-chardev socket,id=agent,fd=3 -device virtio-serial-pci -device virtserialport,chardev=agent"
+].flatMap((options) => options.split(" "))
+
+const CONSOLE_TAIL_BYTES = 4096
+
+/** The longest line that follows a marker. */
+const STATUS_BYTES = 128
+
+const running = new Set<ChildProcess>()
+process.on("exit", () => {
+  for (const child of running) child.kill("SIGKILL")
+})
+
+/** A started lab. Dispose of it to end the outer machine. */
+export class Lab implements AsyncDisposable {
+  /** The outer machine's console, for when something goes wrong. */
+  readonly log: string
+  readonly #child: ChildProcess
+  readonly #channel: Duplex
+  readonly #ended: Promise<void>
+  #pending: Pending | undefined
+  #queue: Promise<unknown> = Promise.resolve()
+  #console = ""
+  #over: string | undefined
+
+  private constructor(child: ChildProcess, log: string, folder: string, stream: WriteStream) {
+    this.#child = child
+    const channel = child.stdio[3]
+    if (!(channel instanceof Duplex)) throw new LabError("the channel to the outer machine could not be made")
+    this.#channel = channel
+    this.log = log
+    running.add(child)
+    const keep = (chunk: Buffer): void => {
+      stream.write(chunk)
+      this.#console = (this.#console + chunk.toString("latin1")).slice(-CONSOLE_TAIL_BYTES)
+    }
+    child.stdout?.on("data", keep)
+    child.stderr?.on("data", keep)
+    this.#channel.on("data", (chunk: Buffer) => this.#receive(chunk))
+    this.#channel.on("error", () => {
+      // The machine's end is seen below; writing to one that has ended is not another failure.
+    })
+    this.#ended = new Promise((resolve) => {
+      const end = (why: string): void => {
+        if (this.#over !== undefined) return
+        this.#over = why
+        running.delete(child)
+        stream.end()
+        this.#pending?.reject(this.#failure())
+        this.#pending = undefined
+        void rm(folder, { recursive: true, force: true }).then(() => resolve())
+      }
+      child.on("error", (cause) => end(`${EMULATOR} could not be run: ${cause.message}`))
+      child.on("close", (code, signal) => end(`the outer machine ended (${signal ?? `exit code ${code}`})`))
+    })
+  }
+
+  /** Starts the outer machine and waits until it takes jobs. Fetches and builds what is not in the cache. */
+  static async start(options: LabOptions = {}): Promise<Lab> {
+    await requireLab()
+    const progress = options.progress ?? toStandardError
+    const limit = options.limitSeconds ?? 900
+    const kernel = await provideKernel({ progress, kernel: options.kernel })
+    const rootImage = await provideRootImage(kernel, progress)
+    const name = options.name ?? "lab"
+    const folder = cachePath("lab", `run-${process.pid}-${randomBytes(4).toString("hex")}`)
+    await mkdir(folder, { recursive: true })
+    const initrd = join(folder, "initrd")
+    const sources = join(folder, "sources")
+    await writeFile(initrd, await buildOuterInitramfs(kernel))
+    const archive = encodeCpio(await checkoutEntries())
+    await writeFile(sources, Buffer.concat([archive, Buffer.alloc(512 - (archive.length % 512))]))
+    const log = cachePath("lab", `${name}.log`)
+    progress(`starting the lab's outer machine under software emulation (console in ${log})`)
+    const begun = performance.now()
+    const child = spawn(EMULATOR, [
+      ...FIXED_OPTIONS,
+      "-m",
+      String(options.memory ?? 3072),
+      "-kernel",
+      kernel.bzImage,
+      "-initrd",
+      initrd,
+      "-append",
+      `console=ttyS0 panic=-1 quiet mitigations=off troupe.limit=${limit}`,
+      "-drive",
+      `file=${escaped(rootImage)},if=virtio,format=raw,readonly=on`,
+      "-drive",
+      `file=${escaped(sources)},if=virtio,format=raw,readonly=on`
+    ], { stdio: ["ignore", "pipe", "pipe", "pipe"] })
+    const lab = new Lab(child, log, folder, createWriteStream(log))
+    const stop = (): void => void child.kill("SIGKILL")
+    const timer = setTimeout(stop, (limit + 30) * 1000).unref()
+    options.signal?.addEventListener("abort", stop)
+    void lab.#ended.then(() => {
+      clearTimeout(timer)
+      options.signal?.removeEventListener("abort", stop)
+    })
+    if (options.signal?.aborted === true) stop()
+    await lab.#expect("ready\n", undefined, () => {})
+    progress(`the lab is ready after ${((performance.now() - begun) / 1000).toFixed(1)} s`)
+    return lab
+  }
+
+  /** Runs a job; jobs run one after the other. Fails only when the lab itself does. */
+  run(job: LabJob): Promise<LabResult> {
+    const result = this.#queue.then(() => {
+      const name = `job-${randomBytes(12).toString("hex")}`
+      const script = Buffer.from(job.script).toString("base64")
+      return this.#expect(`\n${name} `, job.onOutput, () => {
+        this.#channel.write(`${name} ${job.timeoutSeconds ?? 120} ${script}\n`)
+      })
+    })
+    this.#queue = result.catch(() => {})
+    return result
+  }
+
+  /** Ends the outer machine at once and waits until nothing of it is left. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#child.kill("SIGKILL")
+    await this.#ended
+  }
+
+  #failure(): LabError {
+    const lines = this.#console.replaceAll("\r", "").trim().split("\n").slice(-12).join("\n  ")
+    return new LabError(
+      `${this.#over ?? "the lab failed"}; its console ended with:\n  ${lines}`,
+      `All of it is in ${this.log}.`
+    )
+  }
+
+  #expect(marker: string, onOutput: Pending["onOutput"], send: () => void): Promise<LabResult> {
+    return new Promise((resolve, reject) => {
+      if (this.#over !== undefined) {
+        reject(this.#failure())
+        return
+      }
+      this.#pending = { marker: Buffer.from(marker), onOutput, resolve, reject, rest: Buffer.alloc(0), output: [] }
+      send()
+    })
+  }
+
+  #receive(chunk: Buffer): void {
+    const pending = this.#pending
+    if (pending === undefined) return
+    const data = Buffer.concat([pending.rest, chunk])
+    const at = data.indexOf(pending.marker)
+    const sure = at >= 0 ? at : Math.max(0, data.length - pending.marker.length)
+    if (sure > 0) {
+      const part = data.subarray(0, sure)
+      pending.output.push(part)
+      pending.onOutput?.(part)
+    }
+    pending.rest = data.subarray(sure)
+    if (at < 0) return
+    const result = finished(pending)
+    if (result === undefined) return
+    this.#pending = undefined
+    pending.resolve(result)
+  }
+}
+
+/** The result, once all that follows the marker has come. */
+const finished = (pending: Pending): LabResult | undefined => {
+  const after = pending.rest.subarray(pending.marker.length)
+  const output = Buffer.concat(pending.output).toString()
+  if (pending.marker.toString() === "ready\n") return { code: 0, seconds: 0, output, files: new Map() }
+  const end = after.subarray(0, STATUS_BYTES).indexOf("\n")
+  if (end < 0) return undefined
+  const [code, begun, ended, bytes] = after.toString("latin1", 0, end).split(" ")
+  const archive = after.subarray(end + 1, end + 1 + Number(bytes))
+  if (archive.length < Number(bytes)) return undefined
+  return {
+    code: code === "late" ? undefined : Number(code),
+    seconds: Number(ended) - Number(begun),
+    output,
+    files: filesOfCpio(archive)
+  }
+}
+
+/** A path as part of a `-drive` option, where a comma must be doubled. */
+const escaped = (path: string): string => path.replaceAll(",", ",,")
