@@ -175,7 +175,6 @@ void aml_scan(const u8 *aml, u64 size, bool report);
 #define VECTOR_PIT 0x22
 #define VECTOR_SERIAL 0x24
 #define VECTOR_VIRTIO 0x25
-#define VECTOR_USER_RETURN 0x3e
 #define VECTOR_SPURIOUS 0x3f
 #define VECTORS 64
 
@@ -217,7 +216,7 @@ struct bench {
 bool bench_parse(struct bench *bench, const char *text);
 void bench_run(struct bench *bench, bool user);
 
-/* Calls `run(argument)` at CPL 3 with IOPL 3 and interrupts off, and comes back (user.S). */
+/* Calls `run(argument)` at CPL 3, with every port permitted and interrupts off, and comes back (interrupts.c, user.S). */
 void user_call(void (*run)(void *), void *argument);
 void user_mode(void);
 

@@ -1,6 +1,7 @@
-# user_call(run, argument): runs a function at CPL 3 with IOPL 3 and interrupts off.
+# user_enter(run, argument): runs a function at CPL 3 with IOPL 3 and interrupts off.
 #
-# It comes back by `int`, which the processor itself runs at CPL 3 even where a KVM emulates kernel mode without it.
+# It comes back by an undefined instruction, whose exception every KVM delivers: `int n` and `syscall` are not there on a
+# KVM that emulates kernel mode.
 
 #define USER_DATA 0x1b
 #define USER_CODE 0x23
@@ -8,8 +9,8 @@
 
         .text
         .code64
-        .globl user_call
-user_call:
+        .globl user_enter
+user_enter:
         push    %rbx
         push    %rbp
         push    %r12
@@ -27,10 +28,11 @@ user_call:
         iretq
 user_start:
         call    *%rax
-        int     $0x3e                           # VECTOR_USER_RETURN
-1:      jmp     1b
+        .globl user_done
+user_done:
+        ud2
 
-# The gate of VECTOR_USER_RETURN leads here, on the stack that the TSS names.
+# interrupts.c comes here when it was user_done that faulted, on the stack that the TSS names.
         .globl user_return
 user_return:
         mov     $0x10, %eax
