@@ -1,0 +1,309 @@
+/** A fake virtual machine: memory as array buffers, a bus, latched interrupt lines and vCPUs that run guest programs. */
+import * as Clock from "effect/Clock"
+import * as Effect from "effect/Effect"
+import type * as Fiber from "effect/Fiber"
+import type * as Scope from "effect/Scope"
+import type { Bus, BusHandlers, RangeBacking } from "../Bus.ts"
+import { ADDRESS_LIMIT, addressEnd, formatAddress, INVALID_ADDRESS } from "../GuestAddress.ts"
+import { GuestMemory, MemoryRegion, PAGE_SIZE } from "../GuestMemory.ts"
+import type { HypervisorError, HypervisorLimits, InterruptLine, Vcpu, Vm } from "../Hypervisor.ts"
+import type { VcpuExit } from "../VcpuExit.ts"
+import type { VcpuState } from "../VcpuState.ts"
+import { FakeBus } from "./FakeBus.ts"
+import { FakeVcpu } from "./FakeVcpu.ts"
+import { type FakeWorld, refusal } from "./FakeWorld.ts"
+import { EBUSY, EEXIST, EINVAL, ENOMEM } from "./FaultPlan.ts"
+import type { GuestProgram } from "./GuestCpu.ts"
+import { SimulationControl, type SimulationParticipant } from "./SimulationControl.ts"
+import type { TraceKind } from "./Trace.ts"
+
+/** A machine of the fake hypervisor. */
+export class FakeVm implements Vm, SimulationParticipant {
+  readonly world: FakeWorld
+  /** Number of the machine, counted from 1. */
+  readonly number: number
+  readonly limits: HypervisorLimits
+  memory = new GuestMemory([])
+  bus: FakeBus | undefined
+  /** Puts a task among those that the fibers' scheduler chooses from. */
+  readonly schedule: (task: () => void) => void
+  /** Virtual time in milliseconds. */
+  readonly now: () => number
+  /** Whether to let others run at this point. */
+  readonly pause: () => boolean
+  readonly #name: string
+  readonly #vcpus = new Map<number, FakeVcpu>()
+  readonly #lines = new Set<number>()
+  readonly #routes = new Map<number, number>()
+  /** Interrupts that came before the boot vCPU was made. */
+  readonly #early = new Set<number>()
+  #open = true
+
+  constructor(world: FakeWorld, limits: HypervisorLimits, fiber: Fiber.Fiber<unknown, unknown>) {
+    this.world = world
+    this.limits = limits
+    this.number = world.nextMachine()
+    this.#name = `vm${this.number}`
+    const clock = fiber.getRef(Clock.Clock)
+    this.now = () => clock.currentTimeMillisUnsafe()
+    const dispatcher = fiber.currentDispatcher
+    this.schedule = (task) => dispatcher.scheduleTask(task, 0)
+    const control = fiber.getRef(SimulationControl) ?? world.control
+    this.pause = control === undefined ? never : control.pause
+    control?.join(this)
+    this.trace("create-vm", -1, 0, 0)
+  }
+
+  // --- Vm --------------------------------------------------------------------------------------------------------------
+
+  readonly addMemory = (
+    guestAddress: number,
+    size: number
+  ): Effect.Effect<MemoryRegion, HypervisorError, Scope.Scope> => {
+    const what = `${formatAddress(guestAddress)}, ${formatAddress(size)}`
+    return this.world.operation(
+      "addMemory",
+      what,
+      this.world.resource(
+        `${this.#name} memory ${what}`,
+        () => this.#allocate(guestAddress, size, what),
+        (region) => this.#free(region)
+      )
+    )
+  }
+
+  readonly attachBus = (
+    bus: Bus,
+    handlers: BusHandlers
+  ): Effect.Effect<ReadonlyArray<RangeBacking>, HypervisorError, Scope.Scope> => {
+    const what = `${bus.ranges.length} ranges`
+    return Effect.map(
+      this.world.operation(
+        "attachBus",
+        what,
+        this.world.resource(
+          `${this.#name} bus of ${what}`,
+          () => this.#attach(bus, handlers, what),
+          (attached) => {
+            this.#quiet("the bus")
+            attached.release()
+            if (this.bus === attached) this.bus = undefined
+            this.trace("release-bus", -1, 0, 0)
+          }
+        )
+      ),
+      (attached) => attached.backings
+    )
+  }
+
+  readonly interruptLine = (gsi: number): Effect.Effect<InterruptLine, HypervisorError, Scope.Scope> =>
+    this.world.operation(
+      "interruptLine",
+      String(gsi),
+      this.world.resource(
+        `${this.#name} interrupt line ${gsi}`,
+        () => this.#line(gsi),
+        () => {
+          this.#lines.delete(gsi)
+          this.trace("release-line", -1, gsi, 0)
+        }
+      )
+    )
+
+  readonly createVcpu = (id: number): Effect.Effect<Vcpu, HypervisorError, Scope.Scope> =>
+    Effect.map(
+      this.world.operation(
+        "createVcpu",
+        String(id),
+        this.world.resource(
+          `${this.#name} vCPU ${id}`,
+          () => this.#makeVcpu(id),
+          (vcpu) => {
+            if (vcpu.active) throw this.world.violation(`${this.#name} vCPU ${id} was released while it ran`)
+            this.#vcpus.delete(id)
+            this.trace("release-vcpu", id, 0, 0)
+          }
+        )
+      ),
+      (vcpu) => this.#face(vcpu)
+    )
+
+  /** Ends the machine. */
+  release(): void {
+    this.#quiet("the machine")
+    this.#open = false
+    this.trace("release-vm", -1, 0, 0)
+  }
+
+  // --- the machine's inside --------------------------------------------------------------------------------------------
+
+  /** Sends the later interrupts of a line to a vCPU. */
+  route(gsi: number, vcpu: number): void {
+    this.#routes.set(gsi, vcpu)
+  }
+
+  /** INIT and start-up interrupts to another vCPU. Returns whether it waited for them. */
+  startVcpu(id: number, program: GuestProgram): boolean {
+    return this.#vcpus.get(id)?.start(program) ?? false
+  }
+
+  /** Ends every run with a defect. */
+  fail(defect: unknown): void {
+    this.world.violation(`${this.#name}: ${String(defect)}`, defect)
+    for (const vcpu of this.#vcpus.values()) vcpu.die(defect)
+  }
+
+  readonly waiting = (): ReadonlyArray<string> => {
+    const lines: Array<string> = []
+    for (const vcpu of this.#vcpus.values()) {
+      const waiting = vcpu.waiting
+      if (waiting !== undefined) lines.push(waiting)
+    }
+    for (const doorbell of this.bus?.rung ?? []) lines.push(`${this.#name}: ${doorbell} was rung and not delivered`)
+    return lines
+  }
+
+  readonly violations = (): ReadonlyArray<string> => this.world.violations
+
+  /** Records an event of this machine. */
+  trace(kind: TraceKind, vcpu: number, address: number, value: number): void {
+    this.world.trace.record(this.now(), kind, this.number, vcpu, address, 0, value)
+  }
+
+  #allocate(guestAddress: number, size: number, what: string): MemoryRegion | HypervisorError {
+    const end = addressEnd(guestAddress, size)
+    if (end === INVALID_ADDRESS || end > ADDRESS_LIMIT || size === 0) {
+      return refusal("addMemory", what, "this is no range of addresses", EINVAL)
+    }
+    if (guestAddress % PAGE_SIZE !== 0 || size % PAGE_SIZE !== 0) {
+      return refusal("addMemory", what, "address and size must be whole pages", EINVAL)
+    }
+    if (
+      this.memory.regions.some((region) =>
+        region.guestAddress < end && guestAddress < region.guestAddress + region.size
+      )
+    ) {
+      return refusal("addMemory", what, "the range overlaps memory that the machine has", EEXIST)
+    }
+    const overlapping = this.bus?.bus.overlapping(guestAddress, size)
+    if (overlapping !== undefined) {
+      return refusal("addMemory", what, `the range overlaps the device ${overlapping.device}`, EEXIST)
+    }
+    let buffer: ArrayBuffer
+    try {
+      buffer = new ArrayBuffer(size)
+    } catch {
+      return refusal("addMemory", what, "there is not enough memory", ENOMEM)
+    }
+    const region = new MemoryRegion(guestAddress, buffer)
+    this.memory = new GuestMemory([...this.memory.regions, region])
+    this.trace("add-memory", -1, guestAddress, size)
+    return region
+  }
+
+  #free(region: MemoryRegion): void {
+    this.#quiet("memory")
+    this.memory = new GuestMemory(this.memory.regions.filter((other) => other !== region))
+    region.bytes.buffer.transfer(0)
+    this.trace("release-memory", -1, region.guestAddress, region.size)
+  }
+
+  #attach(bus: Bus, handlers: BusHandlers, what: string): FakeBus | HypervisorError {
+    if (this.bus !== undefined) return refusal("attachBus", what, "the machine has a bus already", EEXIST)
+    for (const region of this.memory.regions) {
+      const range = bus.overlapping(region.guestAddress, region.size)
+      if (range !== undefined) {
+        return refusal("attachBus", what, `the device ${range.device} overlaps memory`, EEXIST)
+      }
+    }
+    const attached = new FakeBus(bus, handlers, this.world, this.schedule, (defect) => this.fail(defect))
+    this.bus = attached
+    this.trace("attach-bus", -1, 0, bus.ranges.length)
+    return attached
+  }
+
+  #line(gsi: number): InterruptLine | HypervisorError {
+    if (!Number.isInteger(gsi) || gsi < 0 || gsi >= this.limits.interruptLines) {
+      return refusal(
+        "interruptLine",
+        String(gsi),
+        `lines are numbered from 0 to ${this.limits.interruptLines - 1}`,
+        EINVAL
+      )
+    }
+    if (this.#lines.has(gsi)) return refusal("interruptLine", String(gsi), "the line is taken", EEXIST)
+    this.#lines.add(gsi)
+    this.trace("interrupt-line", -1, gsi, 0)
+    return {
+      gsi,
+      trigger: () => {
+        if (!this.#open || !this.#lines.has(gsi)) return
+        this.trace("trigger", -1, gsi, 0)
+        const vcpu = this.#vcpus.get(this.#routes.get(gsi) ?? 0)
+        if (vcpu === undefined) this.#early.add(gsi)
+        else vcpu.interrupt(gsi)
+      }
+    }
+  }
+
+  #makeVcpu(id: number): FakeVcpu | HypervisorError {
+    if (!Number.isInteger(id) || id < 0 || id >= this.limits.maxVcpus) {
+      return refusal("createVcpu", String(id), `vCPUs are numbered from 0 to ${this.limits.maxVcpus - 1}`, EINVAL)
+    }
+    if (this.#vcpus.has(id)) return refusal("createVcpu", String(id), "the machine has this vCPU already", EEXIST)
+    for (const vcpu of this.#vcpus.values()) {
+      if (vcpu.entered) return refusal("createVcpu", String(id), "a vCPU of the machine has run already", EBUSY)
+    }
+    const vcpu = new FakeVcpu(this, id)
+    this.#vcpus.set(id, vcpu)
+    if (id === 0) {
+      for (const gsi of this.#early) vcpu.interrupt(gsi)
+      this.#early.clear()
+    }
+    this.trace("create-vcpu", id, 0, 0)
+    return vcpu
+  }
+
+  #face(vcpu: FakeVcpu): Vcpu {
+    const subject = `vCPU ${vcpu.id}`
+    const setState = (state: VcpuState): Effect.Effect<void, HypervisorError> =>
+      this.world.operation(
+        "setState",
+        subject,
+        Effect.suspend(() => {
+          if (vcpu.entered) return Effect.fail(refusal("setState", subject, "the vCPU has run already", EBUSY))
+          vcpu.state = state
+          this.trace("set-state", vcpu.id, state.rip, 0)
+          return Effect.void
+        })
+      )
+    const run: Effect.Effect<VcpuExit, HypervisorError> = this.world.operation(
+      "run",
+      subject,
+      Effect.withFiber((fiber) => {
+        if (vcpu.active) return Effect.fail(refusal("run", subject, "the vCPU is running", EBUSY))
+        if (vcpu.stopped) return Effect.fail(refusal("run", subject, "the vCPU has stopped for good", EINVAL))
+        if (vcpu.id === 0 && vcpu.state === undefined) {
+          return Effect.fail(refusal("run", subject, "the boot vCPU has no state: call setState first", EINVAL))
+        }
+        return Effect.callback<VcpuExit, HypervisorError>((resume) => {
+          this.trace("run", vcpu.id, vcpu.state?.rip ?? 0, 0)
+          vcpu.enter(fiber, resume)
+          return Effect.suspend(() => {
+            vcpu.leave()
+            return this.pause() ? Effect.yieldNow : Effect.void
+          })
+        })
+      })
+    )
+    return { id: vcpu.id, setState, run }
+  }
+
+  #quiet(what: string): void {
+    for (const vcpu of this.#vcpus.values()) {
+      if (vcpu.active) throw this.world.violation(`${what} of ${this.#name} was released while vCPU ${vcpu.id} ran`)
+    }
+  }
+}
+
+const never = (): boolean => false
