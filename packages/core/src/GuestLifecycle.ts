@@ -1,12 +1,7 @@
 /**
  * The protocol `GuestLifecycle`: create, bind, run and stop a guest.
  *
- * | | Empty | Created | Running |
- * | --- | --- | --- | --- |
- * | `create` | builds the guest | replaces the guest | ALREADY_RUNNING |
- * | `bind` | NOT_CREATED | a client handle | a client handle |
- * | `run` | NOT_CREATED | runs to the guest's end | ALREADY_RUNNING |
- * | `stop` | nothing | the guest is gone | `run` fails with CONTROLLER_FORCED_HALT |
+ * `LifecycleTable.ts` says what each method does in each state.
  *
  * `stop` returns after every loop of the guest has stopped, as the protocol file promises. Interrupting `run` is a forced
  * halt too. Any number of clients may use one lifecycle; when its scope closes, whatever it holds is gone.
@@ -33,6 +28,7 @@ import {
 } from "./GuestError.ts"
 import type { GuestStop } from "./GuestStop.ts"
 import { Hypervisor } from "./Hypervisor.ts"
+import { type LifecycleState, LifecycleTable } from "./LifecycleTable.ts"
 import { type Machine, makeMachine } from "./Machine.ts"
 
 /** A guest from its creation to its end. */
@@ -102,6 +98,7 @@ const make = Effect.gen(function*() {
   // Create and the stop of a guest that does not run take turns, so that they see the whole of each other.
   const turn = yield* Semaphore.make(1)
   let instance: Instance | undefined
+  const state = (): LifecycleState => instance === undefined ? "Empty" : instance.running ? "Running" : "Created"
 
   /** Takes a guest apart: first its clients learn the epitaph, then it goes, then whoever waits for that goes on. */
   const end = (ended: Instance, epitaph: Epitaph, exit: Exit.Exit<unknown, unknown>): Effect.Effect<void> =>
@@ -146,13 +143,18 @@ const make = Effect.gen(function*() {
 
   const create = (input: GuestConfigInput): Effect.Effect<void, GuestError> =>
     turn.withPermit(Effect.suspend(() => {
-      if (instance?.running === true) return alreadyRunning("create")
+      const transition = LifecycleTable[state()].create
+      if (transition === "ALREADY_RUNNING") return alreadyRunning("create")
       const config = decodeGuestConfig(input)
-      const discarded = Effect.suspend(() => discard(NONE))
-      return Effect.andThen(discarded, Result.isFailure(config) ? fail(config.failure) : build(config.success))
+      const built = Result.isFailure(config) ? fail(config.failure) : build(config.success)
+      return transition === "replace" ? Effect.andThen(discard(NONE), built) : built
     }))
 
-  const bind = Effect.suspend(() => instance === undefined ? notCreated("bind") : Effect.succeed(instance.guest))
+  const bind = Effect.suspend(() =>
+    instance === undefined || LifecycleTable[state()].bind === "NOT_CREATED"
+      ? notCreated("bind")
+      : Effect.succeed(instance.guest)
+  )
 
   const runToEnd = (running: Instance): Effect.Effect<GuestStop, GuestError> =>
     Effect.raceFirst(
@@ -163,8 +165,9 @@ const make = Effect.gen(function*() {
   const run = Effect.uninterruptibleMask((restore) =>
     Effect.suspend(() => {
       const running = instance
-      if (running === undefined) return notCreated("run")
-      if (running.running) return alreadyRunning("run")
+      const transition = LifecycleTable[state()].run
+      if (transition === "ALREADY_RUNNING") return alreadyRunning("run")
+      if (running === undefined || transition === "NOT_CREATED") return notCreated("run")
       running.running = true
       return Effect.onExit(restore(runToEnd(running)), (exit) => end(running, epitaphOf(exit), exit))
     })
@@ -172,12 +175,18 @@ const make = Effect.gen(function*() {
 
   const stop: Effect.Effect<void> = Effect.suspend(() => {
     const stopping = instance
-    if (stopping?.running === true) {
+    if (stopping !== undefined && LifecycleTable[state()].stop === "halt") {
       return Effect.andThen(Deferred.succeed(stopping.stopRequested, undefined), Deferred.await(stopping.gone))
     }
     return turn.withPermit(Effect.suspend(() => {
-      if (instance?.running === true) return stop
-      return discard({ _tag: "ZX_ERR_INTERNAL", reason: undefined })
+      switch (LifecycleTable[state()].stop) {
+        case "nothing":
+          return Effect.void
+        case "discard":
+          return discard({ _tag: "ZX_ERR_INTERNAL", reason: undefined })
+        case "halt":
+          return stop
+      }
     }))
   })
 
