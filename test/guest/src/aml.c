@@ -81,7 +81,8 @@ static void read_resources(const u8 *at, const u8 *end, struct resources *found)
 /* The _CRS that follows a device's _HID: Name (_CRS, Buffer (size) {bytes}). */
 static bool find_resources(const u8 *at, const u8 *end, struct resources *found) {
   if (end - at > CRS_REACH) end = at + CRS_REACH;
-  for (; at + 12 < end; at++) {
+  for (at++; at + 12 < end; at++) {
+    if (!memcmp(at, "_HID", 4)) return false; /* the next device already */
     if (at[0] != AML_NAME_OP || memcmp(at + 1, "_CRS", 4) || at[5] != AML_BUFFER_OP) continue;
     const u8 *bytes = skip_length(at + 6);
     u64 size = take_integer(&bytes);

@@ -223,6 +223,7 @@ void user_mode(void);
 void memory_fill(bool user);
 void initrd_sum(void);
 void unmapped_check(u64 port, u64 addr);
+void string_io(u64 port);
 void virtio_list(void);
 void virtio_rng(u32 size, u32 requests);
 void cpuid_report(void);

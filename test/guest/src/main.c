@@ -119,6 +119,8 @@ static bool doing(struct state *state, const char *word) {
     rng_words(value);
   else if (str_equal(word, "unmapped"))
     unmapped_check(state->hole_port, state->hole_addr);
+  else if (str_equal(word, "string-io"))
+    string_io(state->hole_port);
   else if (str_equal(word, "fill"))
     memory_fill(state->user);
   else if (str_equal(word, "initrd"))
