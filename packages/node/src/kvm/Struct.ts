@@ -61,21 +61,25 @@ export interface ArrayField<Element> {
   readonly element: Element
 }
 
-interface ScalarSpec<Type extends string> {
+/** The declaration of a number. */
+export interface ScalarSpec<Type extends string> {
   readonly kind: "scalar"
   readonly type: Type
   readonly size: number
 }
-interface BytesSpec {
+/** The declaration of an array of bytes. */
+export interface BytesSpec {
   readonly kind: "bytes"
   readonly length: number
 }
-interface ArraySpec<Element extends Spec> {
+/** The declaration of an array. */
+export interface ArraySpec<Element extends Spec> {
   readonly kind: "array"
   readonly element: Element
   readonly length: number
 }
-interface GroupSpec<Members extends Shape> {
+/** The declaration of a structure or union inside another. */
+export interface GroupSpec<Members extends Shape> {
   readonly kind: "group"
   readonly overlay: boolean
   readonly anonymous: boolean
