@@ -1,12 +1,43 @@
 import { defineConfig } from "vitest/config"
 
+// `node:ffi` is still marked experimental and says so once a process.
+const execArgv = ["--disable-warning=ExperimentalWarning"]
+
 export default defineConfig({
   test: {
     reporters: ["default", "./scripts/summary-reporter.ts"],
     projects: [
-      { test: { name: "packages", include: ["packages/*/test/**/*.test.ts", "test/fake/**/*.test.ts", "test/repository/**/*.test.ts"] } },
-      { test: { name: "kvm", include: ["test/kvm/**/*.test.ts"], testTimeout: 60_000 } },
-      { test: { name: "lab", include: ["test/lab/**/*.test.ts"], testTimeout: 900_000, hookTimeout: 900_000 } }
+      {
+        test: {
+          name: "packages",
+          include: ["packages/*/test/**/*.test.ts", "test/fake/**/*.test.ts", "test/repository/**/*.test.ts"],
+          execArgv,
+          // The tiers run one after the other: real machines do not compete with thousands of simulated ones.
+          sequence: { groupOrder: 0 },
+          testTimeout: 30_000
+        }
+      },
+      {
+        test: {
+          name: "kvm",
+          include: ["test/kvm/**/*.test.ts"],
+          execArgv,
+          sequence: { groupOrder: 1 },
+          maxWorkers: 1,
+          testTimeout: 60_000
+        }
+      },
+      {
+        test: {
+          name: "lab",
+          include: ["test/lab/**/*.test.ts"],
+          execArgv,
+          sequence: { groupOrder: 2 },
+          maxWorkers: 1,
+          testTimeout: 900_000,
+          hookTimeout: 900_000
+        }
+      }
     ]
   }
 })

@@ -53,6 +53,8 @@ const environment = () => ({
   XDG_STATE_HOME: join(cache, "xdg", "state"),
   DPRINT_CACHE_DIR: join(cache, "dprint"),
   PNPM_HOME: pnpmBin,
+  // pnpm keeps its locks here if the folder is the user's alone, otherwise in /tmp.
+  XDG_RUNTIME_DIR: join(cache, "run"),
   npm_config_cache: join(cache, "npm"),
   npm_config_update_notifier: "false"
 })
@@ -85,7 +87,7 @@ const wantedStamp = () => {
   const hash = createHash("sha256")
   hash.update(`${PNPM_VERSION} ${process.platform} ${process.arch}\n`)
   for (const file of ["pnpm-lock.yaml", "pnpm-workspace.yaml"]) hash.update(readFileSync(join(root, file)))
-  const folders = readdirSync(join(root, "packages")).sort().map((name) => join("packages", name))
+  const folders = readdirSync(join(root, "packages")).toSorted().map((name) => join("packages", name))
   for (const folder of [".", "test", ...folders]) {
     const path = join(root, folder, "package.json")
     if (!existsSync(path)) continue
@@ -262,6 +264,7 @@ const withLock = async (body) => {
 const main = async () => {
   checkMachine()
   mkdirSync(join(cache, "tmp"), { recursive: true })
+  mkdirSync(join(cache, "run"), { recursive: true, mode: 0o700 })
   const stamp = wantedStamp()
   if (!isInstalled(stamp)) {
     await withLock(async () => {
