@@ -9,7 +9,7 @@ import { cachePath } from "./Cache.ts"
 import { checkoutEntries } from "./Checkout.ts"
 import { encodeCpio, filesOfCpio } from "./Cpio.ts"
 import { LabError } from "./LabError.ts"
-import { provideKernel } from "./LinuxKernel.ts"
+import { givenKernel, provideKernel } from "./LinuxKernel.ts"
 import { buildOuterInitramfs } from "./OuterInitramfs.ts"
 import { type Progress, toStandardError } from "./Progress.ts"
 import { EMULATOR, requireLab } from "./Requirements.ts"
@@ -23,6 +23,7 @@ export interface LabOptions {
   readonly limitSeconds?: number
   /** Memory of the outer machine in MiB. 3072 unless given. */
   readonly memory?: number
+  /** A bzImage for the guests; the outer machine always has Debian's cloud kernel. */
   readonly kernel?: string | undefined
   readonly signal?: AbortSignal | undefined
 }
@@ -123,8 +124,10 @@ export class Lab implements AsyncDisposable {
     await requireLab()
     const progress = options.progress ?? toStandardError
     const limit = options.limitSeconds ?? 900
-    const kernel = await provideKernel({ progress, kernel: options.kernel })
-    const rootImage = await provideRootImage(kernel, progress)
+    const kernel = await provideKernel({ progress })
+    const given = options.kernel ?? givenKernel()
+    const guestKernel = given === undefined ? kernel : await provideKernel({ progress, kernel: given })
+    const rootImage = await provideRootImage(guestKernel, progress)
     const name = options.name ?? "lab"
     const folder = cachePath("lab", `run-${process.pid}-${randomBytes(4).toString("hex")}`)
     await mkdir(folder, { recursive: true })

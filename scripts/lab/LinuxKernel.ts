@@ -33,11 +33,14 @@ export interface LinuxKernel {
 
 export interface LinuxKernelOptions {
   readonly progress: Progress
-  /** A bzImage to use instead of Debian's; the variable `TROUPE_KERNEL` says the same. */
+  /** A bzImage to use instead of Debian's; see {@link givenKernel}. */
   readonly kernel?: string | undefined
   /** A static busybox to use instead of Debian's; the variable `TROUPE_BUSYBOX` says the same. */
   readonly busybox?: string | undefined
 }
+
+/** The bzImage that the user wants for guests, if any: the variable `TROUPE_KERNEL`. */
+export const givenKernel = (): string | undefined => process.env["TROUPE_KERNEL"] || undefined
 
 const provideBusybox = async (given: string | undefined, progress: Progress): Promise<string> => {
   if (given === undefined) {
@@ -59,8 +62,8 @@ const read = (path: string): Promise<Buffer> =>
 /** The kernel that the user named, or Debian's cloud kernel, fetched at first use. */
 export const provideKernel = async (options: LinuxKernelOptions): Promise<LinuxKernel> => {
   const { progress } = options
-  const given = options.kernel ?? process.env["TROUPE_KERNEL"]
-  const busybox = await provideBusybox(options.busybox ?? process.env["TROUPE_BUSYBOX"], progress)
+  const given = options.kernel
+  const busybox = await provideBusybox(options.busybox ?? (process.env["TROUPE_BUSYBOX"] || undefined), progress)
   let bzImage: string
   let modulesRoot: string
   let origin: string

@@ -84,7 +84,8 @@ const sizeOf = async (folder: string): Promise<number> => {
 /** A cheap name for the content: everything that goes into the image, by version or by size and time. */
 const keyOf = async (kernel: LinuxKernel, initrd: Buffer): Promise<string> => {
   const hash = createHash("sha256")
-  hash.update(`${LAYOUT} ${process.version} ${kernel.release} ${basename(kernel.vmlinux)}`)
+  // The ELF kernel's name has a digest of the bzImage in it.
+  hash.update(`${LAYOUT} ${process.version} ${basename(kernel.vmlinux)}`)
   hash.update(initrd)
   hash.update(await readFile(join(cloneRoot, "pnpm-lock.yaml")))
   const emulator = await stat(await commandPath(EMULATOR))
