@@ -51,7 +51,7 @@ describe("machine layout", () => {
 
   it("keeps interrupt controllers, KVM's pages and devices inside the device window", () => {
     const places = [VIRTIO_MMIO_ADDRESS, IO_APIC_ADDRESS, LOCAL_APIC_ADDRESS, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS]
-    assert.deepStrictEqual(places, [...places].sort((a, b) => a - b))
+    assert.deepStrictEqual(places, places.toSorted((a, b) => a - b))
     for (const place of places) {
       assert.isTrue(place >= DEVICE_WINDOW_ADDRESS && place + 0x3000 <= DEVICE_WINDOW_ADDRESS + DEVICE_WINDOW_SIZE)
     }
@@ -77,24 +77,24 @@ describe("machine layout", () => {
   })
 })
 
-describe("page tables", () => {
-  /** Translates an address as a processor with 4-level paging does (Intel SDM volume 3, figure 4-9). */
-  const translate = (tables: DataView, address: number): number => {
-    const entry = (table: number, index: number) => {
-      const low = tables.getUint32(table - PAGE_TABLES_ADDRESS + 8 * index, true)
-      assert.strictEqual(tables.getUint32(table - PAGE_TABLES_ADDRESS + 8 * index + 4, true), 0)
-      assert.strictEqual(low & 3, 3, "present and writable")
-      return low
-    }
-    const level = (shift: number) => Math.floor(address / 2 ** shift) % 512
-    const pdpt = entry(PAGE_TABLES_ADDRESS, level(39)) & 0xffff_f000
-    const directory = entry(pdpt >>> 0, level(30)) & 0xffff_f000
-    const page = entry(directory >>> 0, level(21))
-    assert.strictEqual(page & 0x80, 0x80, "a 2 MiB page")
-    assert.strictEqual(page & 0x1f_ff78, 0, "no other attribute")
-    return ((page & 0xffe0_0000) >>> 0) + (address % 0x20_0000)
+/** Translates an address as a processor with 4-level paging does (Intel SDM volume 3, figure 4-9). */
+const translate = (tables: DataView, address: number): number => {
+  const entry = (table: number, index: number) => {
+    const low = tables.getUint32(table - PAGE_TABLES_ADDRESS + 8 * index, true)
+    assert.strictEqual(tables.getUint32(table - PAGE_TABLES_ADDRESS + 8 * index + 4, true), 0)
+    assert.strictEqual(low & 3, 3, "present and writable")
+    return low
   }
+  const level = (shift: number) => Math.floor(address / 2 ** shift) % 512
+  const pdpt = entry(PAGE_TABLES_ADDRESS, level(39)) & 0xffff_f000
+  const directory = entry(pdpt >>> 0, level(30)) & 0xffff_f000
+  const page = entry(directory >>> 0, level(21))
+  assert.strictEqual(page & 0x80, 0x80, "a 2 MiB page")
+  assert.strictEqual(page & 0x1f_ff78, 0, "no other attribute")
+  return ((page & 0xffe0_0000) >>> 0) + (address % 0x20_0000)
+}
 
+describe("page tables", () => {
   it("map every address below 4 GiB to itself", () => {
     const tables = viewOf(makePageTables())
     fc.assert(fc.property(fc.integer({ min: 0, max: 0xffff_ffff }), (address) => {
@@ -112,29 +112,29 @@ describe("page tables", () => {
   })
 })
 
-describe("global descriptor table", () => {
-  /** Decodes a descriptor (Intel SDM volume 3, figure 3-8). */
-  const decode = (table: DataView, selector: number) => {
-    const low = table.getUint32(selector, true)
-    const high = table.getUint32(selector + 4, true)
-    const g = (high >>> 23) & 1
-    const limit = (low & 0xffff) + (high & 0xf_0000)
-    return {
-      selector,
-      base: ((low >>> 16) + ((high & 0xff) << 16) + (high & 0xff00_0000)) >>> 0,
-      limit: g === 1 ? limit * 4096 + 4095 : limit,
-      type: (high >>> 8) & 0xf,
-      s: (high >>> 12) & 1,
-      dpl: (high >>> 13) & 3,
-      present: (high >>> 15) & 1,
-      avl: (high >>> 20) & 1,
-      l: (high >>> 21) & 1,
-      db: (high >>> 22) & 1,
-      g,
-      unusable: 0
-    }
+/** Decodes a descriptor (Intel SDM volume 3, figure 3-8). */
+const decode = (table: DataView, selector: number) => {
+  const low = table.getUint32(selector, true)
+  const high = table.getUint32(selector + 4, true)
+  const g = (high >>> 23) & 1
+  const limit = (low & 0xffff) + (high & 0xf_0000)
+  return {
+    selector,
+    base: ((low >>> 16) + ((high & 0xff) << 16) + (high & 0xff00_0000)) >>> 0,
+    limit: g === 1 ? limit * 4096 + 4095 : limit,
+    type: (high >>> 8) & 0xf,
+    s: (high >>> 12) & 1,
+    dpl: (high >>> 13) & 3,
+    present: (high >>> 15) & 1,
+    avl: (high >>> 20) & 1,
+    l: (high >>> 21) & 1,
+    db: (high >>> 22) & 1,
+    g,
+    unusable: 0
   }
+}
 
+describe("global descriptor table", () => {
   for (const [name, code] of [["64-bit", CODE_64], ["32-bit", CODE_32]] as const) {
     it(`holds the segments that a ${name} entry starts with`, () => {
       const table = viewOf(makeGdt(code))

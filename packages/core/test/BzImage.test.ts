@@ -17,13 +17,13 @@ const spoiled = (spoil: (view: DataView) => void, options = {}): Uint8Array => {
 }
 
 const refusal = <A>(result: Result.Result<A, KernelImageError>): KernelImageError => {
-  if (result._tag === "Success") throw new assert.AssertionError("the image was accepted")
+  if (result._tag === "Success") throw new Error("the image was accepted")
   return result.failure
 }
 
 const parsed = (image: Uint8Array): BzImage => {
   const result = parseBzImage(image)
-  if (result._tag === "Failure") throw new assert.AssertionError(result.failure.message)
+  if (result._tag === "Failure") throw new Error(result.failure.message)
   return result.success
 }
 
@@ -111,7 +111,7 @@ describe("placeBzImage", () => {
   const place = (options: object, top = lowTop) => placeBzImage(parsed(makeBzImage({ kernel, ...options })), top)
   const placed = (options: object, top = lowTop) => {
     const result = place(options, top)
-    if (result._tag === "Failure") throw new assert.AssertionError(result.failure.message)
+    if (result._tag === "Failure") throw new Error(result.failure.message)
     return result.success
   }
 

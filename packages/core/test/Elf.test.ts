@@ -30,13 +30,13 @@ const header = (index: number, field: number) => ELF_HEADER_SIZE + index * PROGR
 
 const accepted = (image: Uint8Array, regions = ram): ElfImage => {
   const result = parseElf(image, regions)
-  if (result._tag === "Failure") throw new assert.AssertionError(result.failure.message)
+  if (result._tag === "Failure") throw new Error(result.failure.message)
   return result.success
 }
 
 const refusedField = (image: Uint8Array, regions = ram): string => {
   const result = parseElf(image, regions)
-  if (result._tag === "Success") throw new assert.AssertionError("the image was accepted")
+  if (result._tag === "Success") throw new Error("the image was accepted")
   assert.strictEqual(result.failure.part, "ELF")
   return result.failure.field
 }
@@ -45,6 +45,19 @@ const spoiled = (spoil: (view: DataView) => void): Uint8Array => {
   const image = base()
   spoil(new DataView(image.buffer))
   return image
+}
+
+/** A note as it is in a file, padded to 4 bytes. */
+const note = (name: string, type: number, desc: ReadonlyArray<number>) => {
+  const padded = Math.ceil(name.length / 4) * 4
+  const bytes = new Uint8Array(12 + padded + Math.ceil(desc.length / 4) * 4)
+  const view = new DataView(bytes.buffer)
+  view.setUint32(0, name.length, true)
+  view.setUint32(4, desc.length, true)
+  view.setUint32(8, type, true)
+  for (let i = 0; i < name.length; i++) bytes[12 + i] = name.charCodeAt(i)
+  bytes.set(desc, 12 + padded)
+  return bytes
 }
 
 describe("parseElf", () => {
@@ -61,17 +74,6 @@ describe("parseElf", () => {
 
   it("reads a PVH note of 8 bytes, and finds the note behind others", () => {
     assert.strictEqual(accepted(makeElfKernel({ segments, entry: 0, pvhEntry: 77, pvhEntrySize: 8 })).pvhEntry, 77)
-    const note = (name: string, type: number, desc: ReadonlyArray<number>) => {
-      const padded = Math.ceil(name.length / 4) * 4
-      const bytes = new Uint8Array(12 + padded + Math.ceil(desc.length / 4) * 4)
-      const view = new DataView(bytes.buffer)
-      view.setUint32(0, name.length, true)
-      view.setUint32(4, desc.length, true)
-      view.setUint32(8, type, true)
-      for (let i = 0; i < name.length; i++) bytes[12 + i] = name.charCodeAt(i)
-      bytes.set(desc, 12 + padded)
-      return bytes
-    }
     const notes = [note("GNU\0", 3, [1, 2, 3, 4, 5]), note("Xen\0", 6, [1]), note("Xe", 18, [1, 0, 0, 0])]
     notes.push(note("Xen\0", 18, [0x10, 0x20, 0x30, 0]))
     const bytes = new Uint8Array(notes.reduce((sum, n) => sum + n.length, 0))

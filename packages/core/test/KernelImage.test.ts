@@ -39,13 +39,13 @@ const input = (image: Uint8Array, more: Partial<KernelInput> = {}): KernelInput 
 
 const planned = (kernel: KernelInput): KernelPlan => {
   const result = loadKernel(kernel)
-  if (result._tag === "Failure") throw new assert.AssertionError(result.failure.message)
+  if (result._tag === "Failure") throw new Error(result.failure.message)
   return result.success
 }
 
 const refused = (kernel: KernelInput): KernelImageError => {
   const result = loadKernel(kernel)
-  if (result._tag === "Success") throw new assert.AssertionError("the kernel was accepted")
+  if (result._tag === "Success") throw new Error("the kernel was accepted")
   assert.instanceOf(result.failure, KernelImageError)
   return result.failure
 }
@@ -64,7 +64,7 @@ const at = (plan: KernelPlan, address: number): DataView => {
   const block = [...plan.blocks, ...plan.segments].find((b) =>
     address >= b.guestAddress && address < b.guestAddress + b.bytes.length
   )
-  if (block === undefined) throw new assert.AssertionError(`nothing is at ${address.toString(16)}`)
+  if (block === undefined) throw new Error(`nothing is at ${address.toString(16)}`)
   return view(block.bytes.subarray(address - block.guestAddress))
 }
 
