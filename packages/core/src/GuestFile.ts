@@ -25,23 +25,21 @@ export interface GuestFile {
   readonly read: Effect.Effect<Uint8Array, GuestFileError>
 }
 
-const make = (name: string, read: Effect.Effect<Uint8Array, GuestFileError>): GuestFile => ({
+const isGuestFile = (u: unknown): u is GuestFile => typeof u === "object" && u !== null && TypeId in u
+
+/** The Schema of files: made by {@link makeGuestFile} or {@link guestFileFromBytes}, or of a path by `@troupe/node`. */
+export const GuestFile = Schema.declare<GuestFile>(isGuestFile, {
+  identifier: "GuestFile",
+  expected: "a file (made by makeGuestFile, guestFileFromBytes, or of a path by @troupe/node)"
+})
+
+/** A file that is read by an effect. */
+export const makeGuestFile = (name: string, read: Effect.Effect<Uint8Array, GuestFileError>): GuestFile => ({
   [TypeId]: TypeId,
   name,
   read
 })
 
-const isGuestFile = (u: unknown): u is GuestFile => typeof u === "object" && u !== null && TypeId in u
-
-/** Makes files, and is their Schema. */
-export const GuestFile = Object.assign(
-  Schema.declare<GuestFile>(isGuestFile, {
-    identifier: "GuestFile",
-    expected: "a file (GuestFile.fromBytes, GuestFile.make, or a path through @troupe/node)"
-  }),
-  {
-    make,
-    /** A file whose bytes are at hand. */
-    fromBytes: (name: string, bytes: Uint8Array): GuestFile => make(name, Effect.succeed(bytes))
-  }
-)
+/** A file whose bytes are at hand. */
+export const guestFileFromBytes = (name: string, bytes: Uint8Array): GuestFile =>
+  makeGuestFile(name, Effect.succeed(bytes))
