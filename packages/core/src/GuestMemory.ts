@@ -31,11 +31,12 @@ export class MemoryRegion {
     this.words = new Uint16Array(buffer)
   }
 
-  /** Whether `[address, address + length)` lies wholly inside this region. */
+  /** Whether `[address, address + length)` lies wholly inside this region. A region whose owner is closed holds nothing. */
   contains(address: number, length: number): boolean {
-    if (address < this.guestAddress) return false
+    const present = this.bytes.length
+    if (address < this.guestAddress || present === 0) return false
     const end = addressEnd(address, length)
-    return end !== INVALID_ADDRESS && end <= this.guestAddress + this.size
+    return end !== INVALID_ADDRESS && end <= this.guestAddress + present
   }
 }
 

@@ -1,0 +1,122 @@
+import { CPUS_MAX, decodeGuestConfig, GUEST_MEMORY_MAX, GUEST_MEMORY_MIN, parseBytes } from "@troupe/core/GuestConfig"
+import { PAGE_SIZE } from "@troupe/core/GuestMemory"
+import * as Result from "effect/Result"
+import fc from "fast-check"
+import { assert, describe, it } from "vitest"
+
+const kernel = Uint8Array.of(1)
+const minimal = { kernelType: "LINUX", kernel, cpus: 1, guestMemory: "16M" }
+
+const issuesOf = (input: unknown) => {
+  const result = decodeGuestConfig(input)
+  assert.isTrue(Result.isFailure(result), "the configuration should be refused")
+  return Result.isFailure(result) ? result.failure.issues : []
+}
+const decoded = (input: unknown) => {
+  const result = decodeGuestConfig(input)
+  if (Result.isFailure(result)) assert.fail(JSON.stringify(result.failure.issues))
+  return result.success
+}
+
+describe("GuestConfig", () => {
+  it("gives every optional field its documented default", () => {
+    assert.deepStrictEqual(decoded(minimal), {
+      kernelType: "LINUX",
+      kernel,
+      cpus: 1,
+      guestMemory: 16 * 2 ** 20,
+      cmdline: "",
+      cmdlineAdd: [],
+      blockDevices: [],
+      netDevices: [],
+      defaultNet: false,
+      virtioBalloon: false,
+      virtioConsole: false,
+      virtioGpu: false,
+      virtioRng: false,
+      virtioVsock: false,
+      virtioSound: false,
+      virtioSoundInput: false,
+      vsockListeners: [],
+      virtioMem: false,
+      bootProtocol: "auto"
+    } as never)
+  })
+
+  it("rounds memory up to whole pages, within its limits", () => {
+    fc.assert(fc.property(fc.integer({ min: 0, max: 2 * GUEST_MEMORY_MAX }), (bytes) => {
+      const result = decodeGuestConfig({ ...minimal, guestMemory: bytes })
+      assert.strictEqual(Result.isSuccess(result), bytes >= GUEST_MEMORY_MIN && bytes <= GUEST_MEMORY_MAX)
+      if (Result.isFailure(result)) return
+      const memory = result.success.guestMemory
+      assert.isTrue(memory % PAGE_SIZE === 0 && memory >= bytes && memory - bytes < PAGE_SIZE)
+    }))
+  })
+
+  it("reads sizes with the suffixes of guest.cfg, and nothing else", () => {
+    fc.assert(fc.property(fc.nat({ max: 1_000_000 }), fc.constantFrom("", "b", "k", "K", "M", "G"), (n, suffix) => {
+      const shift = { "": 0, b: 0, k: 10, K: 10, M: 20, G: 30 }[suffix] ?? 0
+      assert.strictEqual(parseBytes(`${n}${suffix}`), n * 2 ** shift)
+    }))
+    for (const text of ["", "M", "-1M", "1.5G", "1T", "1 M", "0x10", "999999999999999G"]) {
+      assert.isUndefined(parseBytes(text), text)
+    }
+  })
+
+  it("allows 1 to 255 processors", () => {
+    fc.assert(fc.property(fc.oneof(fc.integer(), fc.double(), fc.integer({ min: -2, max: 300 })), (cpus) => {
+      const legal = Number.isInteger(cpus) && cpus >= 1 && cpus <= CPUS_MAX
+      assert.strictEqual(Result.isSuccess(decodeGuestConfig({ ...minimal, cpus })), legal)
+    }))
+  })
+
+  it("names the field, the rule and the value of everything that is wrong at once", () => {
+    const issues = issuesOf({ ...minimal, cpus: 0, guestMemory: -1, virtioRng: "yes" })
+    assert.deepStrictEqual(issues.map((issue) => issue.field).toSorted(), ["cpus", "guestMemory", "virtioRng"])
+    for (const issue of issues) assert.isNotEmpty(issue.rule)
+    assert.strictEqual(issues.find((issue) => issue.field === "cpus")?.value, "0")
+  })
+
+  it.each(["kernelType", "kernel", "cpus", "guestMemory"])("requires %s", (field) => {
+    const { [field]: _, ...rest } = minimal as Record<string, unknown>
+    assert.deepStrictEqual(issuesOf(rest).map((issue) => issue.field), [field])
+  })
+
+  it("refuses a field that it does not know", () => {
+    assert.deepStrictEqual(issuesOf({ ...minimal, memory: "1G" }).map((issue) => issue.field), ["memory"])
+  })
+
+  it.each([
+    ["kernelType", { kernelType: "ZIRCON" }],
+    ["dtbOverlay", { dtbOverlay: kernel }],
+    ["virtioBalloon", { virtioBalloon: true }],
+    ["virtioConsole", { virtioConsole: true }],
+    ["virtioGpu", { virtioGpu: true }],
+    ["virtioVsock", { virtioVsock: true }],
+    ["virtioSound", { virtioSound: true }],
+    ["virtioSoundInput", { virtioSoundInput: true }],
+    ["virtioMem", { virtioMem: true, virtioMemBlockSize: 2 ** 21, virtioMemRegionSize: 2 ** 30 }],
+    ["blockDevices", { blockDevices: [{ id: "disk", mode: "READ_ONLY", format: "FILE" }] }],
+    ["netDevices", { netDevices: [{ macAddress: "02:1a:11:00:01:00", enableBridge: false }] }],
+    ["defaultNet", { defaultNet: true }]
+  ])("decodes %s and refuses it, because it does not exist yet", (field, fields) => {
+    const issues = issuesOf({ ...minimal, ...fields })
+    assert.deepStrictEqual(issues.map((issue) => issue.field), [field])
+    assert.include(issues[0]?.rule, "not exist yet")
+  })
+
+  it("refuses two listeners on one port", () => {
+    const issues = issuesOf({ ...minimal, vsockListeners: [{ port: 1 }, { port: 2 }, { port: 1 }] })
+    assert.deepStrictEqual(issues, [{
+      field: "vsockListeners[2].port",
+      rule: "must differ from vsockListeners[0].port",
+      value: "1"
+    }])
+  })
+
+  it("never throws, whatever it is given", () => {
+    fc.assert(fc.property(fc.anything(), (input) => {
+      assert.isTrue(Result.isFailure(decodeGuestConfig(input)))
+    }))
+  })
+})
