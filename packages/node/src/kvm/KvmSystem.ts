@@ -8,10 +8,13 @@ import * as Layer from "effect/Layer"
 import type * as Scope from "effect/Scope"
 import { Ffi, type ForeignBuffer, type Ioctl } from "../Ffi.ts"
 import { ErrnoNumber, O_RDWR } from "../internal/ForeignFunctions.ts"
-import { asHypervisorError, KVM_DEVICE } from "./kvmError.ts"
+import { kvmError } from "./KvmError.ts"
 import { KvmCap, type KvmCapName, KvmIoctl, KvmValue } from "./KvmIoctl.ts"
 import { KvmCpuid2 } from "./KvmStructs.ts"
 import type { StructView } from "./Struct.ts"
+
+/** The character device of KVM. */
+export const KVM_DEVICE = "/dev/kvm"
 
 /** Capabilities without which no machine runs, each with what it is needed for. */
 export const requiredCapabilities: { readonly [name in KvmCapName]?: string } = {
@@ -89,9 +92,9 @@ export const make = (options: { readonly path?: string } = {}) =>
     const ffi = yield* Ffi
     const path = options.path ?? KVM_DEVICE
     const ioctl: KvmSystem["Service"]["ioctl"] = (fd, ioctl, argument) =>
-      asHypervisorError(ffi.ioctl(fd, ioctl, argument))
+      Effect.mapError(ffi.ioctl(fd, ioctl, argument), kvmError)
 
-    const fd = yield* asHypervisorError(ffi.open(path, O_RDWR))
+    const fd = yield* Effect.mapError(ffi.open(path, O_RDWR), kvmError)
     const version = yield* ioctl(fd, KvmIoctl.KVM_GET_API_VERSION)
     if (version !== KvmValue.KVM_API_VERSION) {
       return yield* new HypervisorError({
@@ -129,7 +132,7 @@ export const make = (options: { readonly path?: string } = {}) =>
       // Documented fallbacks for kernels without the newer capability.
       maxVcpus: capability("KVM_CAP_MAX_VCPUS") || capability("KVM_CAP_NR_VCPUS") || 4,
       supportedCpuid: () => new DataView(cpuid.buffer.slice(0)),
-      createVm: asHypervisorError(ffi.own(createVm)),
+      createVm: Effect.mapError(ffi.own(createVm), kvmError),
       ioctl
     })
   })

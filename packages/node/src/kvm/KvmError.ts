@@ -2,27 +2,21 @@
  * Failures of KVM's interface as `HypervisorError`s: the errno, the `ioctl` and its arguments, and what the host can do.
  */
 import { HypervisorError } from "@troupe/core/Hypervisor"
-import * as Effect from "effect/Effect"
-import type { FfiError } from "../FfiError.ts"
-
-/** The device file of KVM. */
-export const KVM_DEVICE = "/dev/kvm"
+import { type FfiError, ffiError } from "../FfiError.ts"
 
 const NO_DEVICE =
-  "Load the kernel module (modprobe kvm_intel or kvm_amd). In a virtual machine, its host must allow nested virtualisation"
+  "Load the kernel module (modprobe kvm_intel or kvm_amd); in a virtual machine or container, the host must pass KVM on"
 
+/** What people meet, by operation. */
 const hints: { readonly [operation: string]: { readonly [errno: string]: string } } = {
   open: {
     ENOENT: NO_DEVICE,
     ENODEV: NO_DEVICE,
     ENXIO: NO_DEVICE,
-    EACCES: `Give this user access to ${KVM_DEVICE}, usually by membership of the group kvm`,
-    EPERM: `Give this process access to ${KVM_DEVICE}; a container needs the device passed to it`
+    EACCES: "Give this user access to KVM, usually by membership of the group kvm (sudo usermod -aG kvm USER)",
+    EPERM: "Give this process access to KVM; a container needs the device passed to it"
   },
-  KVM_CREATE_VM: {
-    EBUSY: "Another hypervisor holds the processor's virtualisation",
-    ENOMEM: "The host is out of memory"
-  },
+  KVM_CREATE_VM: { EBUSY: "Another hypervisor holds the processor's virtualisation" },
   KVM_CREATE_VCPU: { EINVAL: "The number of the vCPU is above what this host's KVM allows" },
   mmap: { ENOMEM: "The host is out of memory, or a limit on address space (ulimit -v) is in the way" },
   sigaction: { EBUSY: "Another part of this process handles SIGRTMIN+1, which takes vCPU threads out of the guest" }
@@ -31,6 +25,7 @@ const hints: { readonly [operation: string]: { readonly [errno: string]: string 
 /** What an `ioctl` of any name most often fails with. */
 const ioctlHints: { readonly [errno: string]: string } = {
   ENOTTY: "This kernel's KVM does not know the request, or the file is not a KVM device",
+  EBUSY: "What it needs is in use already",
   EEXIST: "It exists already: the same slot, address, line or vCPU number was used before",
   EINVAL: "The kernel rejects an argument, or this KVM lacks the feature",
   ENOMEM: "The host is out of memory",
@@ -40,13 +35,14 @@ const ioctlHints: { readonly [errno: string]: string } = {
 
 const DESCRIPTORS = "This process, or the host, is out of file descriptors; raise the limit (ulimit -n)"
 
-/** The same failure as the boundary names it. */
-export const hypervisorError = (error: FfiError): HypervisorError => {
-  const hint = error.hint ??
-    (error.errno.name === "EMFILE" || error.errno.name === "ENFILE"
-      ? DESCRIPTORS
-      : hints[error.operation]?.[error.errno.name] ??
-        (error.operation.startsWith("KVM_") ? ioctlHints[error.errno.name] : undefined))
+const hintOf = (operation: string, errno: string): string | undefined => {
+  if (errno === "EMFILE" || errno === "ENFILE") return DESCRIPTORS
+  return hints[operation]?.[errno] ?? (operation.startsWith("KVM_") ? ioctlHints[errno] : undefined)
+}
+
+/** A failed system call on KVM's behalf, as the hypervisor boundary reports it. */
+export const kvmError = (error: FfiError): HypervisorError => {
+  const hint = error.hint ?? hintOf(error.operation, error.errno.name)
   return new HypervisorError({
     operation: error.operation,
     detail: error.detail,
@@ -56,10 +52,6 @@ export const hypervisorError = (error: FfiError): HypervisorError => {
   })
 }
 
-/** Turns the FFI failures of an effect into the boundary's. */
-export const asHypervisorError = <A, R>(effect: Effect.Effect<A, FfiError, R>): Effect.Effect<A, HypervisorError, R> =>
-  Effect.mapError(effect, hypervisorError)
-
-/** A mistake of the caller that never reached the kernel. */
-export const misuse = (operation: string, args: string, detail: string): HypervisorError =>
-  new HypervisorError({ operation, arguments: args, detail })
+/** A negative result of a synchronous foreign call, as the hypervisor boundary reports it. */
+export const kvmFailure = (operation: string, args: string, result: number): HypervisorError =>
+  kvmError(ffiError(operation, args, result))
