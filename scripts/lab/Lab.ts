@@ -5,7 +5,7 @@ import { createWriteStream, type WriteStream } from "node:fs"
 import { mkdir, rm, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { Duplex } from "node:stream"
-import { cachePath } from "./Cache.ts"
+import { cachePath, sweep, temporaryName } from "./Cache.ts"
 import { checkoutEntries } from "./Checkout.ts"
 import { encodeCpio, filesOfCpio } from "./Cpio.ts"
 import { LabError } from "./LabError.ts"
@@ -57,6 +57,9 @@ interface Pending {
   rest: Buffer
   output: Array<Buffer>
 }
+
+/** A prefix for the command that must not outlive this process, not even when it is killed. */
+const WITH_PARENT = ["setpriv", "--pdeathsig", "KILL", "--"] as const
 
 /** The outer machine: an AMD processor with SVM and nested paging, and a channel to the host on descriptor 3. */
 const FIXED_OPTIONS: ReadonlyArray<string> = [
@@ -129,7 +132,8 @@ export class Lab implements AsyncDisposable {
     const guestKernel = given === undefined ? kernel : await provideKernel({ progress, kernel: given })
     const rootImage = await provideRootImage(guestKernel, progress)
     const name = options.name ?? "lab"
-    const folder = cachePath("lab", `run-${process.pid}-${randomBytes(4).toString("hex")}`)
+    await sweep(cachePath("lab"))
+    const folder = temporaryName(cachePath("lab", "run"))
     await mkdir(folder, { recursive: true })
     const initrd = join(folder, "initrd")
     const sources = join(folder, "sources")
@@ -139,7 +143,9 @@ export class Lab implements AsyncDisposable {
     const log = cachePath("lab", `${name}.log`)
     progress(`starting the lab's outer machine under software emulation (console in ${log})`)
     const begun = performance.now()
-    const child = spawn(EMULATOR, [
+    const child = spawn(WITH_PARENT[0], [
+      ...WITH_PARENT.slice(1),
+      EMULATOR,
       ...FIXED_OPTIONS,
       "-m",
       String(options.memory ?? 3072),

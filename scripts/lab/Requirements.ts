@@ -20,7 +20,8 @@ export const EMULATOR = "qemu-system-x86_64"
 const means: ReadonlyArray<{ readonly package: string; readonly present: () => boolean | Promise<boolean> }> = [
   { package: "qemu-system-x86", present: () => hasCommand(EMULATOR) },
   { package: "seabios", present: () => firmwareFolders.some((folder) => existsSync(`${folder}/bios-256k.bin`)) },
-  { package: "e2fsprogs", present: () => hasCommand("mkfs.ext4") }
+  { package: "e2fsprogs", present: () => hasCommand("mkfs.ext4") },
+  { package: "util-linux", present: () => hasCommand("setpriv") }
 ]
 
 /** Why the lab cannot run on this host, in one line; undefined when it can. */
