@@ -61,7 +61,7 @@ const make = (options: FakeHypervisorOptions) =>
     const fake: FakeHypervisor["Service"] = {
       trace: world.trace,
       openResources: Effect.sync(() => world.open),
-      violations: Effect.sync(() => Array.from(world.violations)),
+      violations: Effect.sync(() => Array.from(world.broken)),
       operationCount: Effect.sync(() => world.operationCount),
       operations: Effect.sync(() => Array.from(world.operations))
     }

@@ -349,7 +349,7 @@ export class FakeVcpu implements GuestCpu {
 
   /** Gives the vCPU its first instruction, as a start-up interrupt does. Returns whether it waited for one. */
   start(program: GuestProgram): boolean {
-    if (this.#phase !== "unstarted") return false
+    if (this.id === 0 || (this.#phase !== "unstarted" && this.#phase !== "new")) return false
     this.#begin(program)
     if (this.#active) this.#ready()
     return true

@@ -3,7 +3,7 @@ import * as Effect from "effect/Effect"
 import type * as Scope from "effect/Scope"
 import { HypervisorError } from "../Hypervisor.ts"
 import type { Errno, FaultPlan, HypervisorOperation } from "./FaultPlan.ts"
-import type { SimulationControl } from "./SimulationControl.ts"
+import type { SimulationControl, SimulationParticipant } from "./SimulationControl.ts"
 import type { Trace } from "./Trace.ts"
 
 /** A rule of the boundary was broken: by a device, by a machine, or by a guest program that is no program. */
@@ -15,10 +15,10 @@ export class BoundaryViolation extends Error {
 const KEPT = 1024
 
 /** The shared state of one fake hypervisor. */
-export class FakeWorld {
+export class FakeWorld implements SimulationParticipant {
   readonly trace: Trace
   readonly control: SimulationControl | undefined
-  readonly violations: Array<string> = []
+  readonly broken: Array<string> = []
   /** The operations begun so far, in order; the first {@link KEPT}. */
   readonly operations: Array<HypervisorOperation> = []
   operationCount = 0
@@ -39,6 +39,9 @@ export class FakeWorld {
     return ++this.#machines
   }
 
+  readonly waiting = (): ReadonlyArray<string> => []
+  readonly violations = (): ReadonlyArray<string> => this.broken
+
   /** What is open now, oldest first. */
   get open(): ReadonlyArray<string> {
     return Array.from(this.#open.values())
@@ -55,7 +58,7 @@ export class FakeWorld {
 
   /** Notes that a rule was broken, and returns the defect to die with. */
   violation(message: string, cause?: unknown): BoundaryViolation {
-    if (this.violations.length < KEPT) this.violations.push(message)
+    if (this.broken.length < KEPT) this.broken.push(message)
     return new BoundaryViolation(message, { cause })
   }
 

@@ -18,6 +18,7 @@ export interface SimulationControl {
   /** A choice of the seed in `[0, limit)`. */
   readonly choose: (limit: number) => number
   readonly join: (participant: SimulationParticipant) => void
+  readonly leave: (participant: SimulationParticipant) => void
 }
 
 /** The simulation that this fiber runs in, or `undefined` outside of one. */

@@ -77,7 +77,9 @@ export interface TestMachine {
 /** What a test machine may have. */
 export interface TestMachineOptions {
   readonly ranges?: ReadonlyArray<BusRange>
-  readonly handlers?: BusHandlers | ((machine: () => TestMachine) => BusHandlers)
+  readonly handlers?: BusHandlers
+  /** Handlers that use the machine itself. */
+  readonly handlersOf?: (machine: () => TestMachine) => BusHandlers
   readonly lines?: number
   readonly vcpus?: number
 }
@@ -95,12 +97,10 @@ export const testMachine = Effect.fnUntraced(function*(
   const bus = Bus.make(options.ranges ?? [])
   if (!(bus instanceof Bus)) return yield* Effect.die(bus.message)
   let made: TestMachine | undefined
-  const handlers = typeof options.handlers === "function"
-    ? options.handlers(() => {
-      if (made === undefined) throw new Error("the machine is not made yet")
-      return made
-    })
-    : options.handlers ?? quietHandlers
+  const handlers = options.handlersOf?.(() => {
+    if (made === undefined) throw new Error("the machine is not made yet")
+    return made
+  }) ?? options.handlers ?? quietHandlers
   const backings = yield* vm.attachBus(bus, handlers)
   const lines: Array<InterruptLine> = []
   for (let gsi = 0; gsi < (options.lines ?? 0); gsi++) lines.push(yield* vm.interruptLine(gsi))
