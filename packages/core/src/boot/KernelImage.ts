@@ -3,6 +3,8 @@
  * in which the boot processor starts. Pure; nothing is copied but the small tables that the boot protocols ask for.
  */
 import * as Result from "effect/Result"
+import { formatAddress } from "../GuestAddress.ts"
+import { PAGE_SIZE } from "../GuestMemory.ts"
 import {
   CR0_ET,
   CR0_PE,
@@ -85,14 +87,10 @@ export interface KernelPlan {
   readonly memoryMap: ReadonlyArray<E820Entry>
 }
 
-const PAGE_SIZE = 0x1000
 /** Linux's `COMMAND_LINE_SIZE` on x86 is 2048 with the terminating zero. */
 const COMMAND_LINE_LIMIT = 2047
 /** Kernels in ELF form say nothing about the initial RAM disk; a module's address and size must fit into 32 bits. */
 const INITRD_ADDR_MAX = FOUR_GIB - 1
-/** The largest initial RAM disk that `boot_params` can describe without its extension fields. */
-const INITRD_SIZE_LIMIT = FOUR_GIB - 1
-
 /** What the two formats have in common once they are parsed and placed. */
 interface PlacedKernel {
   readonly format: "bzImage" | "ELF"
@@ -256,16 +254,22 @@ const placeInitrd = (
 ): Result.Result<AddressRange, KernelImageError> => {
   const size = initrd.length
   if (size === 0) return refuse("initrd", "size", "must not be 0: leave the initial RAM disk out instead", size)
-  const kernelEnd = kernel.guestAddress + kernel.size
-  const above = pageBelow(limit - size)
-  const below = pageBelow(Math.min(limit, kernel.guestAddress) - size)
-  const guestAddress = above >= kernelEnd ? above : below
-  if (guestAddress >= HIGH_MEMORY_ADDRESS && size <= INITRD_SIZE_LIMIT) return Result.succeed({ guestAddress, size })
-  const room = Math.max(limit - kernelEnd, Math.min(limit, kernel.guestAddress) - HIGH_MEMORY_ADDRESS, 0)
-  return refuse("initrd", "size", `must fit beside the kernel: ${room} bytes are free below ${limit}`, size)
+  const above = { start: pageAbove(kernel.guestAddress + kernel.size), end: limit }
+  const below = { start: HIGH_MEMORY_ADDRESS, end: Math.min(limit, kernel.guestAddress) }
+  for (const { end, start } of [above, below]) {
+    if (size <= end - start) return Result.succeed({ guestAddress: pageBelow(end - size), size })
+  }
+  const room = Math.max(above.end - above.start, below.end - below.start, 0)
+  return refuse(
+    "initrd",
+    "size",
+    `must fit beside the kernel: ${room} bytes are free below ${formatAddress(limit)}`,
+    size
+  )
 }
 
 const pageBelow = (address: number): number => Math.floor(address / PAGE_SIZE) * PAGE_SIZE
+const pageAbove = (address: number): number => Math.ceil(address / PAGE_SIZE) * PAGE_SIZE
 
 /** The command line as bytes with its terminating zero. */
 const encodeCommandLine = (text: string, kernelLimit: number): Result.Result<Uint8Array, KernelImageError> => {
