@@ -59,6 +59,15 @@ const read = (path: string): Promise<Buffer> =>
     throw new LabError(`the kernel ${path} cannot be read: ${cause instanceof Error ? cause.message : String(cause)}`)
   })
 
+/** Puts the file's name before what is wrong with it. */
+const named = <A>(path: string, look: () => A): A => {
+  try {
+    return look()
+  } catch (cause) {
+    throw new LabError(`the kernel ${path}: ${cause instanceof Error ? cause.message : String(cause)}`)
+  }
+}
+
 /** The kernel that the user named, or Debian's cloud kernel, fetched at first use. */
 export const provideKernel = async (options: LinuxKernelOptions): Promise<LinuxKernel> => {
   const { progress } = options
@@ -82,11 +91,11 @@ export const provideKernel = async (options: LinuxKernelOptions): Promise<LinuxK
     origin = bzImage
   }
   const image = await read(bzImage)
-  const release = releaseOf(image)
+  const release = named(bzImage, () => releaseOf(image))
   const digest = createHash("sha256").update(image).digest("hex").slice(0, 16)
   const vmlinux = await once(cachePath("linux", `vmlinux-${release}-${digest}`), async (temporary) => {
     progress(`unpacking the ELF kernel out of ${bzImage}`)
-    await writeFile(temporary, extractVmlinux(image))
+    await writeFile(temporary, named(bzImage, () => extractVmlinux(image)))
   })
   const folder = join(modulesRoot, release)
   const modules = existsSync(folder) ? await KernelModules.open(folder, busybox) : undefined
