@@ -1,1 +1,6 @@
-export {}
+/** The virtual devices of a machine. Single modules can be imported by their names. */
+export { layer } from "./Catalog.ts"
+export { entropy, entropyPolicy, layerEntropy } from "./Entropy.ts"
+export { EntropySource } from "./EntropySource.ts"
+export { layerPower, power } from "./Power.ts"
+export { layerSerial, makeSerial } from "./Serial.ts"

@@ -1,0 +1,93 @@
+/**
+ * The entropy device (virtio 1.3, section 5.4): one queue of buffers, which it fills with random bytes of the host.
+ *
+ * A turn has a budget, and a buffer that is larger than a turn may fill is given back partly filled, as the specification
+ * allows, so no request of a guest holds the other devices up.
+ */
+import type { DevicePolicy } from "@troupe/core/Device"
+import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
+import * as Effect from "effect/Effect"
+import type * as Layer from "effect/Layer"
+import * as Schedule from "effect/Schedule"
+import { EntropySource } from "./EntropySource.ts"
+import { DescriptorChain } from "./virtio/DescriptorChain.ts"
+import { makeFeatures } from "./virtio/Features.ts"
+import type { SplitQueue } from "./virtio/SplitQueue.ts"
+import type { VirtioBehaviour, VirtioDevice } from "./virtio/VirtioDevice.ts"
+import { virtioMmio } from "./virtio/VirtioMmio.ts"
+
+/** Device type of the entropy device. */
+export const VIRTIO_ID_ENTROPY = 4
+/** The largest size of its queue. */
+export const ENTROPY_QUEUE_SIZE = 64
+/** The most bytes made in one turn. */
+export const ENTROPY_BYTES_PER_TURN = 0x1_0000
+/** The most requests answered in one turn. */
+export const ENTROPY_CHAINS_PER_TURN = 64
+
+/** An entropy device that is started again a few times, at growing intervals, when its source fails. */
+export const entropyPolicy: DevicePolicy = {
+  _tag: "restart",
+  schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
+}
+
+const makeBehaviour = (source: EntropySource["Service"]): VirtioBehaviour => {
+  const chain = new DescriptorChain(ENTROPY_QUEUE_SIZE)
+  let requests: SplitQueue | undefined
+
+  /** Fills the chain's buffers, at most `limit` bytes. Returns how many. */
+  const fill = (limit: number): number => {
+    let done = 0
+    for (let i = chain.readableCount; i < chain.count && done < limit; i++) {
+      const view = chain.view(i, limit - done)
+      source.fill(view)
+      done += view.length
+    }
+    return done
+  }
+
+  return {
+    activate: ({ queues }) => {
+      requests = queues[0]
+    },
+    notify: () => {
+      const queue = requests
+      if (queue === undefined) return false
+      queue.suppressNotifications()
+      let left = ENTROPY_BYTES_PER_TURN
+      for (let chains = 0; chains < ENTROPY_CHAINS_PER_TURN && left > 0; chains++) {
+        if (!queue.take(chain)) return queue.resumeNotifications()
+        if (chain.readableCount > 0 || chain.writableBytes === 0) {
+          queue.reject("a request for random bytes is one or more writable buffers")
+          return false
+        }
+        const written = fill(left)
+        left -= written
+        queue.complete(chain, written)
+      }
+      return true
+    },
+    reset: () => {
+      requests = undefined
+      return true
+    }
+  }
+}
+
+/** The entropy device, before a transport. */
+export const entropy = (source: EntropySource["Service"]): VirtioDevice => ({
+  deviceId: VIRTIO_ID_ENTROPY,
+  features: makeFeatures(),
+  queueSizes: [ENTROPY_QUEUE_SIZE],
+  config: new Uint8Array(0),
+  start: () => Effect.sync(() => makeBehaviour(source))
+})
+
+/** Adds the entropy device, which a machine has when `virtioRng` is set. */
+export const layerEntropy: Layer.Layer<DeviceCatalog, never, DeviceCatalog | EntropySource> = DeviceCatalog.layerAdd(
+  Effect.map(EntropySource, (source) => ({
+    provides: "virtioRng" as const,
+    devices: (config) =>
+      Effect.succeed(config.virtioRng ? [virtioMmio(entropy(source), { name: "rng0", policy: entropyPolicy })] : [])
+  }))
+)

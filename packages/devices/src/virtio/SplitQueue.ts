@@ -1,0 +1,342 @@
+/**
+ * The device's side of a split virtqueue (virtio 1.3, section 2.7): the one place that walks descriptor chains.
+ *
+ * The rings belong to the guest. Each of its bytes is read once, into private storage, checked there, and only then used.
+ * A chain that breaks a rule makes the queue faulty: it gives no further chains, and the transport tells the driver that the
+ * device needs a reset. Nothing is allocated for a chain, and a walk takes at most as many steps as the queue has entries.
+ */
+import { addressFromHalves, formatAddress } from "@troupe/core/GuestAddress"
+import type { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
+import type { DescriptorChain } from "./DescriptorChain.ts"
+
+/** The largest size of a split virtqueue (virtio 1.3, section 2.7). Sizes are powers of two. */
+export const QUEUE_SIZE_MAX = 32768
+/** The most bytes of a descriptor chain (virtio 1.3, section 2.7.4.1). */
+export const CHAIN_BYTES_MAX = 2 ** 32
+
+/** The chain goes on at `next`. */
+export const VIRTQ_DESC_F_NEXT = 1
+/** The buffer is written by the device. */
+export const VIRTQ_DESC_F_WRITE = 2
+/** The buffer is a table of descriptors. */
+export const VIRTQ_DESC_F_INDIRECT = 4
+/** In the available ring's flags: the driver does not want interrupts. */
+export const VIRTQ_AVAIL_F_NO_INTERRUPT = 1
+/** In the used ring's flags: the device does not want notifications. */
+export const VIRTQ_USED_F_NO_NOTIFY = 1
+
+/** Size of `struct virtq_desc` in bytes. */
+export const DESCRIPTOR_SIZE = 16
+/** Alignment of the descriptor table in bytes. */
+export const DESCRIPTOR_TABLE_ALIGNMENT = 16
+/** Alignment of the available ring in bytes. */
+export const AVAILABLE_RING_ALIGNMENT = 2
+/** Alignment of the used ring in bytes. */
+export const USED_RING_ALIGNMENT = 4
+
+/** Size of the available ring of a queue with `size` entries, in bytes. */
+export const availableRingSize = (size: number): number => 6 + 2 * size
+/** Size of the used ring of a queue with `size` entries, in bytes. */
+export const usedRingSize = (size: number): number => 6 + 8 * size
+
+/** Which rule a driver broke. */
+export type QueueFaultKind =
+  /** More chains are said to be available than the queue has entries. */
+  | "available-index"
+  /** The head of a chain is not in the descriptor table. */
+  | "head-index"
+  /** The head of a chain is that of another one, which the device still has. */
+  | "head-in-flight"
+  /** `next` leaves its table. */
+  | "next-index"
+  /** More descriptors than the queue has entries, which is also what a loop looks like. */
+  | "chain-length"
+  /** More than {@link CHAIN_BYTES_MAX} bytes. */
+  | "chain-bytes"
+  /** A buffer for the device to read comes after one for it to write. */
+  | "direction"
+  /** A buffer, or a table, is not in guest memory. */
+  | "address"
+  /** A table without the feature for it, in a table, with `VIRTQ_DESC_F_NEXT`, or not made of whole descriptors. */
+  | "indirect"
+  /** The chain itself is well-formed, and its contents make no sense to the device. */
+  | "contents"
+
+/** What is wrong with a queue. */
+export interface QueueFault {
+  readonly kind: QueueFaultKind
+  /** What the guest wrote, in a sentence. */
+  readonly detail: string
+}
+
+/** How a driver has set a queue up. Addresses are guest physical. */
+export interface QueueSetup {
+  readonly size: number
+  readonly descriptorTable: number
+  readonly availableRing: number
+  readonly usedRing: number
+  /** `VIRTIO_F_INDIRECT_DESC` was negotiated. */
+  readonly indirect: boolean
+  /** `VIRTIO_F_EVENT_IDX` was negotiated. */
+  readonly eventIndex: boolean
+}
+
+const isPowerOfTwo = (value: number): boolean => value > 0 && (value & (value - 1)) === 0
+
+const INDEX_MASK = 0xffff
+
+/** A virtqueue that a driver has set up. Valid until the driver resets the device or stops the queue. */
+export class SplitQueue {
+  /** The number of entries. */
+  readonly size: number
+  readonly #memory: GuestMemory
+  readonly #indirect: boolean
+  readonly #eventIndex: boolean
+  readonly #mask: number
+
+  readonly #table: MemoryRegion
+  readonly #tableOffset: number
+  /** The regions of the rings, and the indices of their fields in the regions' 16-bit words. */
+  readonly #available: Uint16Array
+  readonly #availableFlags: number
+  readonly #availableIndex: number
+  readonly #availableEntries: number
+  readonly #usedEvent: number
+  readonly #used: Uint16Array
+  readonly #usedFlags: number
+  readonly #usedIndex: number
+  readonly #availableEvent: number
+  readonly #usedView: DataView
+  readonly #usedEntries: number
+
+  /** Position of the next chain to take, and the last `idx` that was read. Both wrap at 16 bits. */
+  #taken = 0
+  #seen = 0
+  /** Position of the next used element, and what the driver was shown. Both wrap at 16 bits. */
+  #completed = 0
+  #published = 0
+  readonly #inFlight: Uint8Array
+  #fault: QueueFault | undefined
+  #closed = false
+
+  private constructor(
+    memory: GuestMemory,
+    setup: QueueSetup,
+    table: MemoryRegion,
+    available: MemoryRegion,
+    used: MemoryRegion
+  ) {
+    this.#memory = memory
+    this.size = setup.size
+    this.#mask = setup.size - 1
+    this.#indirect = setup.indirect
+    this.#eventIndex = setup.eventIndex
+    this.#inFlight = new Uint8Array(setup.size)
+    this.#table = table
+    this.#tableOffset = setup.descriptorTable - table.guestAddress
+
+    const availableWord = (setup.availableRing - available.guestAddress) / 2
+    this.#available = available.words
+    this.#availableFlags = availableWord
+    this.#availableIndex = availableWord + 1
+    this.#availableEntries = availableWord + 2
+    this.#usedEvent = availableWord + 2 + setup.size
+
+    const usedOffset = setup.usedRing - used.guestAddress
+    this.#used = used.words
+    this.#usedFlags = usedOffset / 2
+    this.#usedIndex = usedOffset / 2 + 1
+    this.#usedView = used.view
+    this.#usedEntries = usedOffset + 4
+    this.#availableEvent = usedOffset / 2 + 2 + 4 * setup.size
+  }
+
+  /** The queue of this set-up, or `undefined` when its size, an alignment or a place in memory is wrong. */
+  static make(memory: GuestMemory, setup: QueueSetup): SplitQueue | undefined {
+    const { availableRing, descriptorTable, size, usedRing } = setup
+    if (!isPowerOfTwo(size) || size > QUEUE_SIZE_MAX) return undefined
+    if (
+      descriptorTable % DESCRIPTOR_TABLE_ALIGNMENT !== 0 || availableRing % AVAILABLE_RING_ALIGNMENT !== 0 ||
+      usedRing % USED_RING_ALIGNMENT !== 0
+    ) return undefined
+    const table = memory.regionOf(descriptorTable, size * DESCRIPTOR_SIZE)
+    const available = memory.regionOf(availableRing, availableRingSize(size))
+    const used = memory.regionOf(usedRing, usedRingSize(size))
+    if (table === undefined || available === undefined || used === undefined) return undefined
+    return new SplitQueue(memory, setup, table, available, used)
+  }
+
+  /** What the driver did wrong, once it has. */
+  get fault(): QueueFault | undefined {
+    return this.#fault
+  }
+
+  /** The number of chains that were taken and not yet completed. */
+  get inFlight(): number {
+    return (this.#taken - this.#completed) & INDEX_MASK
+  }
+
+  /**
+   * Takes the next chain that the driver has made available. Returns `false`, and an empty chain, when there is none or the
+   * queue is faulty. The chain's buffers may be used until it is completed.
+   */
+  take(chain: DescriptorChain): boolean {
+    chain.clear()
+    if (this.#stopped) return false
+    if (this.#taken === this.#seen && !this.#look()) return false
+    const head = this.#available[this.#availableEntries + (this.#taken & this.#mask)] ?? 0
+    if (head >= this.size) return this.#fail("head-index", `chain ${head} of a queue of ${this.size}`)
+    if (this.#inFlight[head] !== 0) return this.#fail("head-in-flight", `chain ${head} is made available twice`)
+    chain.head = head
+    if (!this.#walk(chain, head)) {
+      chain.clear()
+      return false
+    }
+    this.#inFlight[head] = 1
+    this.#taken = (this.#taken + 1) & INDEX_MASK
+    return true
+  }
+
+  /**
+   * Gives a chain back to the driver; `written` is the number of bytes written at the beginning of its writable buffers. The
+   * driver sees it after the next {@link publish}. Chains may be completed in any order, each once. Nothing happens when the
+   * queue was closed meanwhile.
+   */
+  complete(chain: DescriptorChain, written: number): void {
+    if (this.#closed) return chain.clear()
+    if (this.#inFlight[chain.head] !== 1) throw new Error(`chain ${chain.head} is not in flight`)
+    if (written > chain.writableBytes) {
+      throw new RangeError(`${written} bytes in a chain that takes ${chain.writableBytes}`)
+    }
+    this.#inFlight[chain.head] = 0
+    const entry = this.#usedEntries + 8 * (this.#completed & this.#mask)
+    this.#usedView.setUint32(entry, chain.head, true)
+    this.#usedView.setUint32(entry + 4, written, true)
+    this.#completed = (this.#completed + 1) & INDEX_MASK
+    chain.clear()
+  }
+
+  /**
+   * Shows the driver all completed chains. Returns whether it wants an interrupt for them (virtio 1.3, section 2.7.7).
+   *
+   * The index is stored before the driver's wish is read, both in one total order with the driver's store of its wish and
+   * read of the index. So either the driver sees the chains, or this sees that it wants to be interrupted.
+   */
+  publish(): boolean {
+    const before = this.#published
+    const after = this.#completed
+    if (before === after || this.#closed) return false
+    Atomics.store(this.#used, this.#usedIndex, after)
+    this.#published = after
+    if (!this.#eventIndex) {
+      return (Atomics.load(this.#available, this.#availableFlags) & VIRTQ_AVAIL_F_NO_INTERRUPT) === 0
+    }
+    const event = Atomics.load(this.#available, this.#usedEvent)
+    return ((after - event - 1) & INDEX_MASK) < ((after - before) & INDEX_MASK)
+  }
+
+  /** Tells the driver that the device is at work and needs no notification. It is a hint: notifications may still come. */
+  suppressNotifications(): void {
+    if (!this.#stopped && !this.#eventIndex) Atomics.store(this.#used, this.#usedFlags, VIRTQ_USED_F_NO_NOTIFY)
+  }
+
+  /**
+   * Asks the driver for a notification of the next chain. Returns `true` when there is one already: it may have become
+   * available before the driver could see the wish, so the caller takes it, or is called again, instead of waiting.
+   */
+  resumeNotifications(): boolean {
+    if (this.#stopped) return false
+    if (this.#eventIndex) Atomics.store(this.#used, this.#availableEvent, this.#taken)
+    else Atomics.store(this.#used, this.#usedFlags, 0)
+    return this.#taken !== this.#seen || Atomics.load(this.#available, this.#availableIndex) !== this.#taken
+  }
+
+  /** Makes the queue faulty: what a chain holds makes no sense to the device. */
+  reject(detail: string): void {
+    this.#fail("contents", detail)
+  }
+
+  /** The driver has stopped the queue: from now on nothing of it is read or written. */
+  close(): void {
+    this.#closed = true
+  }
+
+  get #stopped(): boolean {
+    return this.#closed || this.#fault !== undefined
+  }
+
+  #fail(kind: QueueFaultKind, detail: string): false {
+    this.#fault ??= { kind, detail }
+    return false
+  }
+
+  /** Reads the driver's index. Returns whether there is a chain to take. */
+  #look(): boolean {
+    const index = Atomics.load(this.#available, this.#availableIndex)
+    const waiting = (index - this.#taken) & INDEX_MASK
+    if (waiting > this.size) {
+      return this.#fail("available-index", `index ${index} after ${this.#taken} in a queue of ${this.size}`)
+    }
+    this.#seen = index
+    return waiting > 0
+  }
+
+  #walk(chain: DescriptorChain, head: number): boolean {
+    let view: DataView = this.#table.view
+    let tableOffset = this.#tableOffset
+    let entries = this.size
+    let inTable = false
+    let index = head
+    let descriptors = 0
+    for (;;) {
+      const at = tableOffset + index * DESCRIPTOR_SIZE
+      const address = addressFromHalves(view.getUint32(at, true), view.getUint32(at + 4, true))
+      const length = view.getUint32(at + 8, true)
+      const flags = view.getUint16(at + 12, true)
+      const next = view.getUint16(at + 14, true)
+      if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
+        if (!this.#indirect) return this.#fail("indirect", "a table of descriptors without VIRTIO_F_INDIRECT_DESC")
+        if (inTable) return this.#fail("indirect", "a table of descriptors in a table")
+        if ((flags & VIRTQ_DESC_F_NEXT) !== 0) {
+          return this.#fail("indirect", "a table of descriptors that is not the last")
+        }
+        if (length === 0 || length % DESCRIPTOR_SIZE !== 0) return this.#fail("indirect", `a table of ${length} bytes`)
+        const region = this.#memory.regionOf(address, length)
+        if (region === undefined) return this.#outside(address, length)
+        view = region.view
+        tableOffset = address - region.guestAddress
+        entries = length / DESCRIPTOR_SIZE
+        inTable = true
+        index = 0
+        continue
+      }
+      if (++descriptors > this.size || chain.count === chain.capacity) {
+        return this.#fail(
+          "chain-length",
+          `chain ${head} has more than ${Math.min(this.size, chain.capacity)} descriptors`
+        )
+      }
+      const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0
+      if (!writable && chain.writableBytes > 0) {
+        return this.#fail("direction", `chain ${head} has a readable buffer after a writable one`)
+      }
+      // An empty buffer is nowhere: its address says nothing.
+      if (length > 0) {
+        const region = this.#memory.regionOf(address, length)
+        if (region === undefined) return this.#outside(address, length)
+        chain.add(region, address - region.guestAddress, length, writable)
+        if (chain.readableBytes + chain.writableBytes > CHAIN_BYTES_MAX) {
+          return this.#fail("chain-bytes", `chain ${head} has more than ${CHAIN_BYTES_MAX} bytes`)
+        }
+      }
+      if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true
+      if (next >= entries) return this.#fail("next-index", `descriptor ${next} in a table of ${entries}`)
+      index = next
+    }
+  }
+
+  #outside(address: number, length: number): false {
+    const place = address < 0 ? "an address above 2^52" : formatAddress(address)
+    return this.#fail("address", `${length} bytes at ${place} are not in guest memory`)
+  }
+}
