@@ -121,9 +121,12 @@ export class AccessTable {
     return value
   }
 
-  /** The shadow entries of a row: one for each of its `size` byte registers. */
-  shadowEntries(row: number, size: number): Int16Array<SharedArrayBuffer> {
-    const first = this.#rows[row * ROW_WORDS + 3] ?? INVALID
-    return this.#shadow.subarray(Math.max(first, 0), Math.max(first, 0) + (first < 0 ? 0 : size))
+  /** The shadow entries of the range with this index: one for each of its `size` byte registers. */
+  shadowOf(range: number, size: number): Int16Array<SharedArrayBuffer> {
+    for (let row = 0; row < this.#allRows; row++) {
+      const first = this.#rows[row * ROW_WORDS + 3] ?? INVALID
+      if (this.range(row) === range && first >= 0) return this.#shadow.subarray(first, first + size)
+    }
+    return this.#shadow.subarray(0, 0)
   }
 }

@@ -58,6 +58,11 @@ export class PostedRing {
     return buffer
   }
 
+  /** The shared memory. */
+  get buffer(): SharedArrayBuffer {
+    return this.words.buffer
+  }
+
   /** The number of the next entry to be reserved, modulo 2^32. */
   get tail(): number {
     return Atomics.load(this.words, TAIL)

@@ -21,14 +21,12 @@ export const CONTROL_CALL_IS_WRITE = 6
 export const CONTROL_CALL_VALUE = 7
 /** The call: the ring's tail when it was made. Entries before it are delivered before the call. */
 export const CONTROL_CALL_TAIL = 8
-/** Whether the thread is at work: `THREAD_*`. */
+/** Whether the thread is at work: `THREAD_*`. Notified when the thread has stopped. */
 export const CONTROL_THREAD = 9
 /** Why the thread has stopped: `STOP_*`. */
 export const CONTROL_STOP = 10
 /** `exit_reason` for {@link STOP_EXIT}, the errno for {@link STOP_FAILED}. */
 export const CONTROL_STOP_VALUE = 11
-/** The kernel's number of the thread, for `tgkill`. */
-export const CONTROL_THREAD_ID = 12
 /** How many inspections the thread has answered. */
 export const CONTROL_INSPECTIONS = 13
 /** The last inspection: `mp_state` of `struct kvm_mp_state`. */

@@ -1,0 +1,118 @@
+/**
+ * One virtual machine on KVM: memory, bus, interrupt inputs and vCPUs, each in the scope of the call that made it.
+ */
+import { KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS } from "@troupe/core/boot/MachineLayout"
+import { MemoryRegion } from "@troupe/core/GuestMemory"
+import { HypervisorError, type InterruptLine, type Vm } from "@troupe/core/Hypervisor"
+import * as Effect from "effect/Effect"
+import { Ffi } from "../Ffi.ts"
+import { haltWatch } from "./HaltWatch.ts"
+import { attachBus } from "./KvmBus.ts"
+import { kvmError } from "./KvmError.ts"
+import { KvmIoctl, KvmValue } from "./KvmIoctl.ts"
+import { KvmIrqfd, KvmPitConfig } from "./KvmStructs.ts"
+import { KvmSystem } from "./KvmSystem.ts"
+import { type Machine, makeVcpu } from "./KvmVcpu.ts"
+import { memorySlots } from "./MemorySlots.ts"
+import type { AccessTableBuffers } from "./thread/AccessTable.ts"
+import { PostedRing } from "./thread/PostedRing.ts"
+import { REQUEST_STOP } from "./thread/VcpuControl.ts"
+import type { VcpuRunner } from "./VcpuRunner.ts"
+import { VcpuThreads } from "./VcpuThreads.ts"
+
+/** Entries of a machine's ring of posted writes (16 bytes each): more than a guest can write while the host is lazy. */
+const RING_CAPACITY = 2048
+
+const EMPTY_TABLE: AccessTableBuffers = {
+  bounds: new SharedArrayBuffer(8),
+  rows: new SharedArrayBuffer(4),
+  shadow: new SharedArrayBuffer(2),
+  pioRows: 0
+}
+
+const encodeIrqfd = (fd: number, gsi: number, flags: number) => {
+  const view = KvmIrqfd.make()
+  KvmIrqfd.fields.fd.set(view, fd)
+  KvmIrqfd.fields.gsi.set(view, gsi)
+  KvmIrqfd.fields.flags.set(view, flags)
+  return view
+}
+
+/** Makes an empty machine. */
+export const makeVm = Effect.gen(function*() {
+  const ffi = yield* Ffi
+  const system = yield* KvmSystem
+  const threads = yield* VcpuThreads
+  const { ioctl } = system
+
+  const vm = yield* system.createVm
+  yield* ioctl(vm, KvmIoctl.KVM_SET_TSS_ADDR, KVM_TSS_ADDRESS)
+  const identityMap = new BigUint64Array([BigInt(KVM_IDENTITY_MAP_ADDRESS)])
+  yield* ioctl(vm, KvmIoctl.KVM_SET_IDENTITY_MAP_ADDR, identityMap)
+  yield* ioctl(vm, KvmIoctl.KVM_CREATE_IRQCHIP)
+  const pit = KvmPitConfig.make()
+  KvmPitConfig.fields.flags.set(pit, KvmValue.KVM_PIT_SPEAKER_DUMMY)
+  yield* ioctl(vm, KvmIoctl.KVM_CREATE_PIT2, pit)
+
+  const ring = new PostedRing(PostedRing.allocate(RING_CAPACITY))
+  const wake = yield* Effect.mapError(ffi.eventFd, kvmError)
+  const runners: Array<VcpuRunner> = []
+  let attached: Effect.Success<ReturnType<typeof attachBus>> | undefined
+  let defect: { readonly value: unknown } | undefined
+  yield* Effect.mapError(wake.onSignal(() => attached?.dispatcher.turn()), kvmError)
+  const addSlot = yield* memorySlots(vm, ioctl)
+  yield* Effect.forkScoped(haltWatch(runners))
+
+  const machine: Machine = {
+    vm,
+    runners,
+    job: () => ({
+      ring: ring.buffer,
+      wake: wake.fd,
+      table: attached?.table ?? EMPTY_TABLE,
+      rows: attached?.rows ?? 0
+    }),
+    dispatcher: () => attached?.dispatcher,
+    defect: () => defect
+  }
+
+  return {
+    addMemory: (guestAddress, size) =>
+      Effect.map(
+        addSlot(guestAddress, size, "guest-writable"),
+        (mapping) => new MemoryRegion(guestAddress, mapping.buffer)
+      ),
+    attachBus: Effect.fnUntraced(function*(bus, handlers) {
+      if (attached !== undefined) {
+        return yield* new HypervisorError({ operation: "attachBus", detail: "the machine has a bus already" })
+      }
+      const result = yield* attachBus({
+        vm,
+        ioctl,
+        addSlot,
+        ring,
+        bus,
+        handlers,
+        onDefect: (value) => {
+          defect ??= { value }
+          for (const runner of runners) runner.request(REQUEST_STOP)
+        }
+      }).pipe(Effect.provideService(Ffi, ffi))
+      attached = result
+      for (const runner of runners) result.dispatcher.add(runner.control)
+      return result.backings
+    }),
+    interruptLine: Effect.fnUntraced(function*(gsi) {
+      const line = yield* Effect.mapError(ffi.eventFd, kvmError)
+      const set = (flags: number) => ioctl(vm, KvmIoctl.KVM_IRQFD, encodeIrqfd(line.fd, gsi, flags))
+      yield* Effect.acquireRelease(set(0), () => Effect.ignore(set(KvmValue.KVM_IRQFD_FLAG_DEASSIGN)))
+      return { gsi, trigger: line.trigger } satisfies InterruptLine
+    }),
+    createVcpu: (id) =>
+      makeVcpu(machine, id).pipe(
+        Effect.provideService(Ffi, ffi),
+        Effect.provideService(KvmSystem, system),
+        Effect.provideService(VcpuThreads, threads)
+      )
+  } satisfies Vm
+})

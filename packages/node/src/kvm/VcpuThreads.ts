@@ -1,0 +1,223 @@
+/**
+ * The threads that run vCPUs: a pool of Workers that is warm before it is needed and grows on demand.
+ *
+ * A thread costs about 6 MiB and 20 ms to start (`docs/` has the measurements), so it goes back to the pool after use. No
+ * thread keeps the process alive, and a process that exits takes its vCPUs out of the guest first.
+ */
+import { HypervisorError } from "@troupe/core/Hypervisor"
+import * as Context from "effect/Context"
+import * as Effect from "effect/Effect"
+import * as Layer from "effect/Layer"
+import type * as Scope from "effect/Scope"
+import process from "node:process"
+import { Worker } from "node:worker_threads"
+import { Ffi } from "../Ffi.ts"
+import { kvmError } from "./KvmError.ts"
+import { type ThreadProgram, threadProgram } from "./thread/ThreadProgram.ts"
+import {
+  CONTROL_REQUEST,
+  CONTROL_STOP,
+  CONTROL_THREAD,
+  openGate,
+  REQUEST_STOP,
+  STOP_CRASHED,
+  THREAD_STOPPED
+} from "./thread/VcpuControl.ts"
+import type { VcpuJob } from "./thread/VcpuLoop.ts"
+
+/** A thread that somebody holds. */
+export interface VcpuThread {
+  /**
+   * Has the thread run a vCPU until it stops for good: the thread word of the control block says when. `leaveGuest` sets
+   * `immediate_exit`. One job at a time.
+   */
+  readonly start: (job: VcpuJob, leaveGuest: () => void) => void
+  /** Makes a request (`REQUEST_*`) of the running job and takes the thread out of the guest, or out of its wait. */
+  readonly request: (request: number) => void
+}
+
+/** How many threads there are. */
+export interface VcpuThreadCounts {
+  readonly idle: number
+  readonly held: number
+}
+
+/** The pool. */
+export class VcpuThreads extends Context.Service<VcpuThreads, {
+  /** A thread for as long as the scope is open. Its job has stopped when the scope closes. */
+  readonly acquire: Effect.Effect<VcpuThread, HypervisorError, Scope.Scope>
+  readonly counts: () => VcpuThreadCounts
+}>()("@troupe/node/VcpuThreads") {}
+
+/** Choices for {@link layerWith}. */
+export interface VcpuThreadsOptions {
+  /** Threads kept ready; as many are started with the layer, in the background. Default: 1. */
+  readonly warm?: number
+  /** Threads kept at most after use. Default: 8. */
+  readonly idle?: number
+}
+
+/**
+ * What a thread is given. Its heap is small and lives long; none of this changes its private memory by much (tried: heap
+ * limits, stack size, no environment, no managed descriptors), but the limit on the young generation saves 2 MiB of shared pages.
+ */
+const WORKER_OPTIONS = {
+  execArgv: [],
+  env: {},
+  stdin: false,
+  trackUnmanagedFds: false,
+  resourceLimits: { maxYoungGenerationSizeMb: 1, stackSizeMb: 1 }
+}
+
+/** One Worker and what it is doing. */
+class PooledThread implements VcpuThread {
+  readonly worker: Worker
+  readonly threadId: number
+  readonly #kick: (threadId: number) => void
+  alive = true
+  #control: Int32Array<SharedArrayBuffer> | undefined
+  #leaveGuest: (() => void) | undefined
+
+  constructor(worker: Worker, threadId: number, kick: (threadId: number) => void) {
+    this.worker = worker
+    this.threadId = threadId
+    this.#kick = kick
+    // An error that a Worker reports ends it; a vCPU on it has crashed.
+    const ended = () => {
+      this.alive = false
+      if (this.#control === undefined || this.idle) return
+      this.#control[CONTROL_STOP] = STOP_CRASHED
+      Atomics.store(this.#control, CONTROL_THREAD, THREAD_STOPPED)
+      Atomics.notify(this.#control, CONTROL_THREAD)
+    }
+    worker.on("error", ended)
+    worker.on("exit", ended)
+  }
+
+  get idle(): boolean {
+    return this.#control === undefined || Atomics.load(this.#control, CONTROL_THREAD) === THREAD_STOPPED
+  }
+
+  start(job: VcpuJob, leaveGuest: () => void): void {
+    this.#control = new Int32Array(job.control)
+    this.#leaveGuest = leaveGuest
+    this.worker.postMessage(job)
+  }
+
+  request(request: number): void {
+    const control = this.#control
+    if (control === undefined || this.idle) return
+    // The request stands before the thread is told to look for one. The flag covers a thread that is about to enter the
+    // guest, the signal one that is in it, the gate one that waits.
+    Atomics.or(control, CONTROL_REQUEST, request)
+    this.#leaveGuest?.()
+    openGate(control)
+    this.#kick(this.threadId)
+  }
+
+  /** Forgets the job, which has stopped. */
+  finish(): void {
+    this.#control = undefined
+    this.#leaveGuest = undefined
+  }
+}
+
+const startFailure = (cause: unknown): HypervisorError =>
+  new HypervisorError({
+    operation: "Worker",
+    detail: `a vCPU thread did not start: ${cause instanceof Error ? cause.message : String(cause)}`
+  })
+
+const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
+  const ffi = yield* Ffi
+  const signal = yield* Effect.mapError(ffi.kickSignal, kvmError)
+  const warm = options.warm ?? 1
+  const idleLimit = Math.max(options.idle ?? 8, warm)
+  const idle: Array<PooledThread> = []
+  const held = new Set<PooledThread>()
+  let starting = 0
+  let open = true
+  let program: ThreadProgram | undefined
+
+  const kick = (threadId: number) => ffi.functions.tgkill(threadId, signal)
+
+  const spawn = Effect.callback<PooledThread, HypervisorError>((resume) => {
+    const extension = import.meta.url.endsWith(".ts") ? "ts" : "js"
+    program ??= threadProgram(new URL(`./thread/VcpuThreadMain.${extension}`, import.meta.url))
+    const worker = new Worker(program.source, {
+      ...WORKER_OPTIONS,
+      eval: program.isScript,
+      workerData: ffi.functions.name,
+      name: "vcpu"
+    })
+    worker.unref()
+    const failed = (cause: unknown) => resume(Effect.fail(startFailure(cause)))
+    worker.once("error", failed)
+    worker.once("message", (threadId: number) => {
+      worker.off("error", failed)
+      resume(Effect.succeed(new PooledThread(worker, threadId, kick)))
+    })
+    return Effect.promise(() => worker.terminate())
+  })
+
+  const terminate = (thread: PooledThread) => Effect.promise(() => thread.worker.terminate())
+
+  const release = Effect.fnUntraced(function*(thread: PooledThread) {
+    held.delete(thread)
+    thread.finish()
+    if (!thread.alive) return
+    if (open && idle.length < idleLimit) idle.push(thread)
+    else yield* terminate(thread)
+  })
+
+  /** Starts threads until enough of them wait. */
+  const replenish = Effect.fnUntraced(function*() {
+    while (open && idle.length + starting < warm) {
+      starting++
+      const thread = yield* spawn.pipe(Effect.ensuring(Effect.sync(() => {
+        starting--
+      })))
+      if (open) idle.push(thread)
+      else yield* terminate(thread)
+    }
+  })
+
+  const scope = yield* Effect.scope
+  const acquire = Effect.acquireRelease(
+    Effect.suspend(() => {
+      for (let thread = idle.pop(); thread !== undefined; thread = idle.pop()) {
+        if (thread.alive) return Effect.succeed(thread)
+      }
+      return spawn
+    }).pipe(Effect.tap((thread) => Effect.sync(() => held.add(thread)))),
+    release
+  ).pipe(Effect.tap(() =>
+    idle.length + starting < warm
+      // Later, so that the new thread does not start while the machine that took the last one does.
+      ? Effect.forkIn(Effect.ignore(Effect.delay(replenish(), "100 millis")), scope)
+      : Effect.void
+  ))
+
+  const leaveAll = () => {
+    for (const thread of held) thread.request(REQUEST_STOP)
+  }
+  yield* Effect.acquireRelease(
+    Effect.sync(() => process.on("exit", leaveAll)),
+    () => Effect.sync(() => process.off("exit", leaveAll))
+  )
+  yield* Effect.addFinalizer(() =>
+    Effect.suspend(() => {
+      open = false
+      return Effect.forEach(idle.splice(0), terminate, { discard: true, concurrency: "unbounded" })
+    })
+  )
+  yield* Effect.forkScoped(Effect.ignore(replenish()))
+  return VcpuThreads.of({ acquire, counts: () => ({ idle: idle.length, held: held.size }) })
+})
+
+/** The pool. */
+export const layerWith = (options: VcpuThreadsOptions): Layer.Layer<VcpuThreads, HypervisorError, Ffi> =>
+  Layer.effect(VcpuThreads, make(options))
+
+/** The pool with its defaults. */
+export const layer: Layer.Layer<VcpuThreads, HypervisorError, Ffi> = layerWith({})
