@@ -59,6 +59,15 @@ describe("parseBzImage", () => {
     assert.strictEqual(result.setupHeader.length, SETUP_HEADER_LIMIT - SETUP_HEADER_START)
   })
 
+  it("takes the shortest setup header of protocol 2.12", () => {
+    const result = parsed(spoiled((view) => view.setUint8(at.jump + 1, 0x66)))
+    assert.strictEqual(result.setupHeader.length, 0x268 - SETUP_HEADER_START)
+  })
+
+  it("takes a kernel that needs no more memory than its own size", () => {
+    assert.strictEqual(parsed(makeBzImage({ kernel, initSize: kernel.length })).initSize, kernel.length)
+  })
+
   it("leaves what follows the kernel, such as a signature, out", () => {
     const image = makeBzImage({ kernel })
     const signed = new Uint8Array(image.length + 1000)
@@ -75,10 +84,6 @@ describe("parseBzImage", () => {
     ["setup_sects", (view) => view.setUint8(at.setup_sects, 255)],
     ["jump", (view) => view.setUint8(at.jump, 0xe9)],
     ["jump", (view) => view.setUint8(at.jump + 1, 0x65)],
-    ["jump", (view) => {
-      view.setUint8(at.setup_sects, 1)
-      view.setUint8(at.jump + 1, 0x65)
-    }],
     ["syssize", (view) => view.setUint32(at.syssize, 0, true)],
     ["syssize", (view) => view.setUint32(at.syssize, 0x20, true)],
     ["syssize", (view) => view.setUint32(at.syssize, kernel.length / 16 + 1, true)],

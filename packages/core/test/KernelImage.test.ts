@@ -365,9 +365,16 @@ const anyInput = (image: fc.Arbitrary<Uint8Array>): fc.Arbitrary<KernelInput> =>
       fc.constant(undefined),
       fc.constantFrom(1, 4096, 5000, MIB).map((size) => new Uint8Array(size))
     ),
-    commandLine: fc.oneof(fc.constant("console=ttyS0"), fc.string(), fc.string({ unit: "binary" })),
+    commandLine: fc.oneof(
+      { weight: 6, arbitrary: fc.constant("console=ttyS0") },
+      fc.string(),
+      fc.string({ unit: "binary" })
+    ),
     memorySize: fc.oneof(
-      fc.constantFrom(2, 16, 17, 64, 1024, 3071, 3072, 3073, 8192).map((mib) => mib * MIB),
+      {
+        weight: 6,
+        arbitrary: fc.constantFrom(2, 16, 17, 32, 64, 1024, 3071, 3072, 3073, 8192).map((mib) => mib * MIB)
+      },
       fc.integer({ min: 0, max: 2 ** 26 }).map((pages) => pages * 4096),
       fc.double()
     ),

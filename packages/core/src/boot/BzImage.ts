@@ -92,7 +92,7 @@ export const parseBzImage = (image: Uint8Array): Result.Result<BzImage, KernelIm
   }
   const jump = view.getUint8(at.jump)
   const headerEnd = JUMP_BASE + view.getUint8(at.jump + 1)
-  if (jump !== JUMP_SHORT || headerEnd < PROTOCOL_2_12_END || headerEnd > setupSize) {
+  if (jump !== JUMP_SHORT || headerEnd < PROTOCOL_2_12_END) {
     return refuse(
       "bzImage",
       "jump",
