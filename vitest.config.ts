@@ -14,7 +14,7 @@ export default defineConfig({
           execArgv,
           // The tiers run one after the other: real machines do not compete with thousands of simulated ones.
           sequence: { groupOrder: 0 },
-          testTimeout: 30_000
+          testTimeout: 60_000
         }
       },
       {
