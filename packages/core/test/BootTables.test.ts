@@ -27,7 +27,7 @@ import {
   ramRegions,
   VIRTIO_MMIO_ADDRESS
 } from "@troupe/core/boot/MachineLayout"
-import { makePageTables, PAGE_TABLES_SIZE } from "@troupe/core/boot/PageTables"
+import { PAGE_TABLES, PAGE_TABLES_SIZE } from "@troupe/core/boot/PageTables"
 import * as fc from "fast-check"
 
 describe("machine layout", () => {
@@ -96,7 +96,7 @@ const translate = (tables: DataView, address: number): number => {
 
 describe("page tables", () => {
   it("map every address below 4 GiB to itself", () => {
-    const tables = viewOf(makePageTables())
+    const tables = viewOf(PAGE_TABLES)
     fc.assert(fc.property(fc.integer({ min: 0, max: 0xffff_ffff }), (address) => {
       assert.strictEqual(translate(tables, address), address)
     }))
@@ -106,7 +106,7 @@ describe("page tables", () => {
   })
 
   it("map nothing else", () => {
-    const tables = viewOf(makePageTables())
+    const tables = viewOf(PAGE_TABLES)
     for (let index = 1; index < 512; index++) assert.strictEqual(tables.getBigUint64(8 * index, true), 0n)
     for (let index = 4; index < 512; index++) assert.strictEqual(tables.getBigUint64(0x1000 + 8 * index, true), 0n)
   })

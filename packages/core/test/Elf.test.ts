@@ -148,10 +148,14 @@ describe("parseElf", () => {
   })
 
   it("looks at a bounded amount of notes only", () => {
-    const notes = { guestAddress: 6 * MIB, bytes: new Uint8Array(MAXIMUM_NOTE_BYTES + 1) }
-    const image = makeElfKernel({ segments: [...segments, notes], entry: 0 })
-    new DataView(image.buffer).setUint32(header(2, p.p_type), PT_NOTE, true)
-    assert.strictEqual(refusedField(image), "phdr[2].p_filesz")
+    const withNotes = (size: number) => {
+      const notes = { guestAddress: 6 * MIB, bytes: new Uint8Array(size) }
+      const image = makeElfKernel({ segments: [...segments, notes], entry: 0 })
+      new DataView(image.buffer).setUint32(header(2, p.p_type), PT_NOTE, true)
+      return image
+    }
+    assert.isUndefined(accepted(withNotes(MAXIMUM_NOTE_BYTES)).pvhEntry)
+    assert.strictEqual(refusedField(withNotes(MAXIMUM_NOTE_BYTES + 1)), "phdr[2].p_filesz")
   })
 
   it("accepts segments that touch, and refuses any two that overlap", () => {

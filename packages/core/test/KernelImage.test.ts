@@ -205,6 +205,10 @@ describe("loadKernel", () => {
 
   it("wants the entry inside the kernel", () => {
     const segments = [{ guestAddress: 16 * MIB, bytes: code }]
+    for (const entry of [16 * MIB, 16 * MIB + code.length - 1]) {
+      assert.strictEqual(planned(input(makeElfKernel({ segments, entry }))).entry.rip, entry)
+      assert.strictEqual(planned(input(makeElfKernel({ segments, entry: 0, pvhEntry: entry }))).entry.rip, entry)
+    }
     for (const entry of [0, 16 * MIB - 1, 16 * MIB + code.length, 2 ** 40]) {
       assert.strictEqual(refused(input(makeElfKernel({ segments, entry }))).field, "e_entry")
     }

@@ -40,7 +40,7 @@ import {
   PVH_START_INFO_ADDRESS,
   ramRegions
 } from "./MachineLayout.ts"
-import { makePageTables } from "./PageTables.ts"
+import { PAGE_TABLES } from "./PageTables.ts"
 import { makeStartInfo } from "./Pvh.ts"
 
 /**
@@ -133,7 +133,7 @@ export const loadKernel = (input: KernelInput): Result.Result<KernelPlan, Kernel
       })
       blocks.push(
         guestBlock("boot_params", BOOT_PARAMS_ADDRESS, bootParams),
-        guestBlock("page tables", PAGE_TABLES_ADDRESS, makePageTables())
+        guestBlock("page tables", PAGE_TABLES_ADDRESS, PAGE_TABLES)
       )
     } else {
       const startInfo = makeStartInfo({

@@ -18,7 +18,7 @@ const PAGE_SIZE_BIT = 0x80
 export const PAGE_TABLES_SIZE = (2 + DIRECTORIES) * TABLE_SIZE
 
 /** The tables for {@link PAGE_TABLES_ADDRESS}, which is also the value of CR3. */
-export const makePageTables = (): Uint8Array => {
+const makePageTables = (): Uint8Array => {
   const bytes = new Uint8Array(PAGE_TABLES_SIZE)
   const view = new DataView(bytes.buffer)
   const pdpt = TABLE_SIZE
@@ -34,3 +34,6 @@ export const makePageTables = (): Uint8Array => {
   }
   return bytes
 }
+
+/** The tables, made once because they are the same for every machine. To be copied, never written. */
+export const PAGE_TABLES: Uint8Array = makePageTables()
