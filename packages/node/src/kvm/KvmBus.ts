@@ -33,7 +33,7 @@ const pageRuns = (bus: Bus): ReadonlyArray<PageRun> => {
   const pages = bus.ranges.map((range, index) => ({ range, index })).filter(({ range }) =>
     range.read === "register-page"
   )
-    .sort((a, b) => a.range.base - b.range.base)
+    .toSorted((a, b) => a.range.base - b.range.base)
   const runs: Array<PageRun> = []
   for (const member of pages) {
     const last = runs.at(-1)

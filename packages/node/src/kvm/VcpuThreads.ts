@@ -136,7 +136,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
   const idle: Array<PooledThread> = []
   const held = new Set<PooledThread>()
   let starting = 0
-  let open = true
+  const state = { open: true }
   let program: ThreadProgram | undefined
 
   const kick = (threadId: number) => ffi.functions.tgkill(threadId, signal)
@@ -166,18 +166,18 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
     held.delete(thread)
     thread.finish()
     if (!thread.alive) return
-    if (open && idle.length < idleLimit) idle.push(thread)
+    if (state.open && idle.length < idleLimit) idle.push(thread)
     else yield* terminate(thread)
   })
 
   /** Starts threads until enough of them wait. */
   const replenish = Effect.fnUntraced(function*() {
-    while (open && idle.length + starting < warm) {
+    while (state.open && idle.length + starting < warm) {
       starting++
       const thread = yield* spawn.pipe(Effect.ensuring(Effect.sync(() => {
         starting--
       })))
-      if (open) idle.push(thread)
+      if (state.open) idle.push(thread)
       else yield* terminate(thread)
     }
   })
@@ -207,7 +207,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
   )
   yield* Effect.addFinalizer(() =>
     Effect.suspend(() => {
-      open = false
+      state.open = false
       return Effect.forEach(idle.splice(0), terminate, { discard: true, concurrency: "unbounded" })
     })
   )

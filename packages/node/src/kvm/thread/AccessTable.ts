@@ -33,7 +33,7 @@ const ROW_WORDS = 4
 export const buildAccessTable = (bus: Bus): AccessTableBuffers => {
   const sorted = (space: AddressSpace) =>
     bus.ranges.map((range, index) => ({ range, index })).filter((row) => row.range.space === space)
-      .sort((a, b) => a.range.base - b.range.base)
+      .toSorted((a, b) => a.range.base - b.range.base)
   const pio = sorted("pio")
   const rows = [...pio, ...sorted("mmio")]
   const bounds = new Float64Array(new SharedArrayBuffer(Math.max(rows.length, 1) * 2 * 8))

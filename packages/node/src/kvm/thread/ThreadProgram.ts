@@ -6,6 +6,7 @@
  */
 import { readFileSync } from "node:fs"
 import { stripTypeScriptTypes } from "node:module"
+import process from "node:process"
 
 /** What `new Worker` takes: a file, or a script to evaluate. */
 export interface ThreadProgram {
@@ -21,12 +22,26 @@ interface Joined {
 const IMPORT = /^import\s+(\{[^}]*\}|\* as \w+|\w+)\s+from\s+"([^"]+)"\s*$/gm
 const EXPORT = /^export (const|let|function|class) (\w+)/gm
 
+/** `stripTypeScriptTypes` without its `ExperimentalWarning`, which says nothing to people who run a checkout. */
+const strip = (source: string): string => {
+  const emitWarning: unknown = Reflect.get(process, "emitWarning")
+  if (typeof emitWarning !== "function") return stripTypeScriptTypes(source)
+  process.emitWarning = (...warning: Array<unknown>) => {
+    if (warning[1] !== "ExperimentalWarning") Reflect.apply(emitWarning, process, warning)
+  }
+  try {
+    return stripTypeScriptTypes(source)
+  } finally {
+    Reflect.set(process, "emitWarning", emitWarning)
+  }
+}
+
 /** Turns one module of this code base (named exports, imports on top) into the body of a function, after its imports. */
 const join = (url: URL, joined: Joined): void => {
   if (joined.modules.has(url.href)) return
   joined.modules.set(url.href, "")
   const exported: Array<string> = []
-  const source = stripTypeScriptTypes(readFileSync(url, "utf8"))
+  const source = strip(readFileSync(url, "utf8"))
   const body = source
     .replaceAll(IMPORT, (_, what: string, specifier: string) => {
       const isLocal = specifier.startsWith(".")
