@@ -4,7 +4,9 @@ import { join } from "node:path"
 
 const TRACING = "/sys/kernel/tracing"
 
-const EVENTS = ["kvm/kvm_entry", "kvm/kvm_exit", "kvm/kvm_userspace_exit", "kvm/kvm_pio", "kvm/kvm_mmio"]
+const ENTRY_EVENT = "kvm/kvm_entry"
+
+const EVENTS = [ENTRY_EVENT, "kvm/kvm_exit", "kvm/kvm_userspace_exit", "kvm/kvm_pio", "kvm/kvm_mmio"]
 
 /** Room for a boot's events in each processor's buffer, in KiB. */
 const BUFFER_KIB = 96 * 1024
@@ -25,13 +27,35 @@ export interface ExitCounts {
 
 const set = (file: string, value: string): Promise<void> => writeFile(join(TRACING, file), value)
 
-/** Starts recording; only one recording at a time. */
-export const startTrace = async (): Promise<void> => {
+/** The instruction pointers at which the guest's kernel begins: its load address, and some way on. */
+export interface KernelEntry {
+  readonly from: number
+  readonly to: number
+}
+
+const prepare = async (): Promise<void> => {
   await set("tracing_on", "0")
+  // The clock of `process.hrtime`.
   await set("trace_clock", "mono")
   await set("buffer_size_kb", String(BUFFER_KIB))
   await set("trace", "")
-  for (const event of EVENTS) await set(`events/${event}/enable`, "1")
+}
+
+/** Starts recording every exit; only one recording at a time. */
+export const startTrace = async (): Promise<void> => {
+  await prepare()
+  for (const event of EVENTS) {
+    await set(`events/${event}/filter`, "0")
+    await set(`events/${event}/enable`, "1")
+  }
+  await set("tracing_on", "1")
+}
+
+/** Starts recording only when the guest runs the first code of its kernel, which costs a boot next to nothing. */
+export const startEntryTrace = async (entry: KernelEntry): Promise<void> => {
+  await prepare()
+  await set(`events/${ENTRY_EVENT}/filter`, `rip >= ${entry.from} && rip < ${entry.to}`)
+  await set(`events/${ENTRY_EVENT}/enable`, "1")
   await set("tracing_on", "1")
 }
 
@@ -41,14 +65,20 @@ export const stopTrace = async (): Promise<void> => {
   for (const event of EVENTS) await set(`events/${event}/enable`, "0")
 }
 
+const EVENT_LINE = /\s(\d+\.\d+): (\w+): (.*)$/
+
+/** When, in seconds of the monotonic clock, the recording begins; undefined when nothing was recorded. */
+export const firstEventSeconds = async (): Promise<number | undefined> => {
+  await using file = await open(join(TRACING, "trace"))
+  for await (const line of file.readLines()) {
+    const match = EVENT_LINE.exec(line)
+    if (match !== null) return Number(match[1])
+  }
+  return undefined
+}
+
 /** Puts a mark into the recording, to be named in {@link countExits}. */
 export const markTrace = (mark: string): Promise<void> => set("trace_marker", mark)
-
-/** The instruction pointers at which the guest's kernel begins: its load address, and some way on. */
-export interface KernelEntry {
-  readonly from: number
-  readonly to: number
-}
 
 const add = (counts: Record<string, number>, key: string): void => {
   counts[key] = (counts[key] ?? 0) + 1
@@ -62,9 +92,9 @@ export const countExits = async (entry: KernelEntry, until: string): Promise<Exi
   const pages: Record<string, number> = {}
   let begun: number | undefined
   let ended: number | undefined
-  const file = await open(join(TRACING, "trace"))
+  await using file = await open(join(TRACING, "trace"))
   for await (const line of file.readLines()) {
-    const match = /\s(\d+\.\d+): (\w+): (.*)$/.exec(line)
+    const match = EVENT_LINE.exec(line)
     if (match === null) continue
     const seconds = Number(match[1])
     const event = match[2]!

@@ -1,6 +1,6 @@
 // Run inside the lab: boots a guest with any VMM's command line and says how long it took and what exits it cost.
 //
-//   node measure-boot.ts [--trace] [--entry FROM-TO] [--runs N] [--name NAME] -- COMMAND ARGS...
+//   node measure-boot.ts [--trace] [--entry FROM-TO] [--name NAME] -- COMMAND ARGS...
 //
 // The guest's console must come out on the command's standard output. The result is printed as one line of JSON and
 // written to $FILES/NAME.json. Time and counters are taken when the guest's init prints its first line. With --trace
@@ -10,18 +10,30 @@ import { spawn } from "node:child_process"
 import { writeFileSync } from "node:fs"
 import { parseArgs } from "node:util"
 import { type KvmCounters, readCounters } from "./KvmStatistics.ts"
-import { countExits, type ExitCounts, lostEvents, markTrace, startTrace, stopTrace } from "./KvmTrace.ts"
+import {
+  countExits,
+  type ExitCounts,
+  firstEventSeconds,
+  type KernelEntry,
+  lostEvents,
+  markTrace,
+  startEntryTrace,
+  startTrace,
+  stopTrace
+} from "./KvmTrace.ts"
 
 /** The first line of the guest's init. */
 const INIT_LINE = "TROUPE init"
 
-/** Where Debian's kernel begins: 16 MiB as an ELF file, 1 MiB as a bzImage. */
+/** Where Debian's kernel begins as an ELF file. */
 const DEFAULT_ENTRY = "0x1000000-0x8000000"
 
 /** One boot. Times are milliseconds since the command was started. */
 export interface BootRun {
   readonly firstOutput: number | undefined
   readonly init: number | undefined
+  /** Milliseconds from the guest kernel's first instructions to init, by the host's clock. */
+  readonly kernelToInit: number | undefined
   readonly ended: number
   /** Seconds that the guest's own clock had counted when init began. */
   readonly guestUptime: number | undefined
@@ -35,22 +47,25 @@ export interface BootRun {
 const boot = async (
   command: string,
   args: ReadonlyArray<string>,
-  trace: { readonly from: number; readonly to: number } | undefined
+  entry: KernelEntry,
+  trace: boolean
 ): Promise<BootRun> => {
-  if (trace !== undefined) await startTrace()
+  await (trace ? startTrace() : startEntryTrace(entry))
   const begun = performance.now()
   const since = (): number => Math.round((performance.now() - begun) * 10) / 10
   const child = spawn(command, args, { stdio: ["ignore", "pipe", "inherit"] })
   let output = ""
   let firstOutput: number | undefined
   let init: number | undefined
+  let initSeconds = 0
   let counters: Promise<KvmCounters> = Promise.resolve({})
   child.stdout.on("data", (chunk: Buffer) => {
     firstOutput ??= since()
     output += chunk.toString("latin1")
     if (init === undefined && output.includes(INIT_LINE)) {
       init = since()
-      counters = trace === undefined ? readCounters() : markTrace("init").then(readCounters)
+      initSeconds = Number(process.hrtime.bigint()) / 1e9
+      counters = trace ? markTrace("init").then(readCounters) : readCounters()
     }
   })
   const code = await new Promise<number | null>((resolve, reject) => {
@@ -58,20 +73,21 @@ const boot = async (
     child.on("close", resolve)
   })
   const ended = since()
+  await stopTrace()
+  const entered = await firstEventSeconds()
   const uptime = /TROUPE uptime ([0-9.]+)/.exec(output)?.[1]
   const run: BootRun = {
     firstOutput,
     init,
+    kernelToInit: trace || init === undefined || entered === undefined ? undefined : (initSeconds - entered) * 1000,
     ended,
     guestUptime: uptime === undefined ? undefined : Number(uptime),
     code,
     atInit: await counters,
     ...(init === undefined ? { output: output.slice(-2000) } : {})
   }
-  if (trace === undefined) return run
-  await stopTrace()
-  if (init === undefined) return run
-  return { ...run, trace: { ...await countExits(trace, "init"), lost: await lostEvents() } }
+  if (!trace || init === undefined) return run
+  return { ...run, trace: { ...await countExits(entry, "init"), lost: await lostEvents() } }
 }
 
 const { positionals, values } = parseArgs({
@@ -79,7 +95,6 @@ const { positionals, values } = parseArgs({
   options: {
     trace: { type: "boolean", default: false },
     entry: { type: "string", default: DEFAULT_ENTRY },
-    runs: { type: "string", default: "1" },
     name: { type: "string", default: "boot" }
   }
 })
@@ -87,11 +102,8 @@ const [command, ...args] = positionals
 if (command === undefined) throw new Error("no command to measure")
 const [from, to] = values.entry.split("-").map(Number)
 if (from === undefined || to === undefined || !(from < to)) throw new Error(`--entry ${values.entry} is not FROM-TO`)
-const runs: Array<BootRun> = []
-for (let i = 0; i < Number(values.runs); i++) {
-  runs.push(await boot(command, args, values.trace ? { from, to } : undefined))
-}
-const line = `${JSON.stringify({ name: values.name, runs })}\n`
+const run = await boot(command, args, { from, to }, values.trace)
+const line = `${JSON.stringify(run)}\n`
 process.stdout.write(line)
 const files = process.env["FILES"]
 if (files !== undefined) writeFileSync(`${files}/${values.name}.json`, line)
