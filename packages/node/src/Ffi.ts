@@ -94,6 +94,9 @@ const check = (operation: string, args: string, call: () => number): Effect.Effe
     return result < 0 ? Effect.fail(ffiError(operation, args, result)) : Effect.succeed(result)
   })
 
+/** `size` bytes as C can count them, or -1, which the kernel refuses. */
+const byteCount = (size: number): number => Number.isSafeInteger(size) && size >= 0 ? size : -1
+
 const formatArgument = (argument: number | bigint | ForeignBuffer): string =>
   typeof argument === "object" ? `${argument.byteLength} bytes` : `0x${argument.toString(16)}`
 
@@ -163,7 +166,7 @@ export const make = (functions: ForeignFunctions): Ffi["Service"] => {
     own,
     memfd: (name, size) =>
       own(check("memfd_create", JSON.stringify(name), () => functions.memfdCreate(name, 0))).pipe(
-        Effect.tap((fd) => check("ftruncate", `${fd}, ${size}`, () => functions.ftruncate(fd, size)))
+        Effect.tap((fd) => check("ftruncate", `${fd}, ${size}`, () => functions.ftruncate(fd, byteCount(size))))
       ),
     mapAnonymous: (length) =>
       mapOwned("mmap", `${length} bytes, anonymous`, () =>

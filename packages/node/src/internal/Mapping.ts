@@ -106,6 +106,10 @@ export interface MappingOptions {
 
 /** Maps memory; the result is its owner, or `-errno`. */
 export const map = (functions: ForeignFunctions, options: MappingOptions): Mapping | number => {
+  // Sizes are often the caller's own input, so nonsense is an error like any other, not an exception.
+  if (!(Number.isSafeInteger(options.length) && options.length > 0 && Number.isSafeInteger(options.offset))) {
+    return -ErrnoNumber.EINVAL
+  }
   const address = functions.mmap(options.length, options.protection, options.flags, options.fd, options.offset)
   return address < 0n ? Number(address) : new Mapping(functions, address, options.length)
 }
