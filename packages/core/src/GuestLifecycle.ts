@@ -118,8 +118,9 @@ const make = Effect.gen(function*() {
       const scope = yield* Scope.make()
       const machine = yield* restore(makeMachine(config)).pipe(
         Effect.catchDefect(defectIn("create")),
-        Effect.provide(context),
+        // The machine's scope first: the context is that of a layer and carries the layer's own scope.
         Scope.provide(scope),
+        Effect.provide(context),
         Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void)
       )
       const epitaph = Deferred.makeUnsafe<Epitaph>()
