@@ -22,9 +22,22 @@ export const TURN_ACCESSES = 512
 /** Signals are numbered below this. */
 export const SIGNAL_LIMIT = 32
 
+/** Places of a new mailbox. Most devices never have more accesses waiting. */
+const FIRST_CAPACITY = 16
+
 const KIND_READ = 0
 const KIND_WRITE = 1
 const KIND_POSTED = 2
+
+// A waiting access is four words: kind and size, range, offset, value.
+const RECORD_WORDS = 4
+const RECORD_RANGE = 1
+const RECORD_OFFSET = 2
+const RECORD_VALUE = 3
+const KIND_SHIFT = 8
+const SIZE_MASK = 0xff
+
+const emptyReplies = (length: number): Array<CallReply | undefined> => Array.from({ length }, () => undefined)
 
 /** A device has failed and will not be started again. */
 export class DeviceEscalated extends Schema.TaggedError<DeviceEscalated>()("DeviceEscalated", {
@@ -42,12 +55,10 @@ export class DeviceActor {
   readonly #makeContext: (generation: number, signal: (number: number) => void) => DeviceContext
   readonly #policy: DevicePolicy
 
-  readonly #kinds = new Uint8Array(MAILBOX_CAPACITY)
-  readonly #ranges = new Uint16Array(MAILBOX_CAPACITY)
-  readonly #offsets = new Uint32Array(MAILBOX_CAPACITY)
-  readonly #sizes = new Uint8Array(MAILBOX_CAPACITY)
-  readonly #values = new Uint32Array(MAILBOX_CAPACITY)
-  readonly #replies: Array<CallReply | undefined> = Array.from({ length: MAILBOX_CAPACITY })
+  /** The ring of waiting accesses, {@link RECORD_WORDS} words each. It grows to its bound, and never back. */
+  #records = new Uint32Array(FIRST_CAPACITY * RECORD_WORDS)
+  #replies: Array<CallReply | undefined> = emptyReplies(FIRST_CAPACITY)
+  #capacity = FIRST_CAPACITY
   #head = 0
   #count = 0
 
@@ -200,15 +211,33 @@ export class DeviceActor {
   })
 
   #push(kind: number, range: number, offset: number, size: number, value: number, reply: CallReply | undefined): void {
-    const slot = (this.#head + this.#count) % MAILBOX_CAPACITY
-    this.#kinds[slot] = kind
-    this.#ranges[slot] = range
-    this.#offsets[slot] = offset
-    this.#sizes[slot] = size
-    this.#values[slot] = value
+    if (this.#count === this.#capacity) this.#grow()
+    const slot = (this.#head + this.#count) % this.#capacity
+    const at = slot * RECORD_WORDS
+    const records = this.#records
+    records[at] = kind << KIND_SHIFT | size
+    records[at + RECORD_RANGE] = range
+    records[at + RECORD_OFFSET] = offset
+    records[at + RECORD_VALUE] = value
     this.#replies[slot] = reply
     this.#count++
     this.#wake?.()
+  }
+
+  /** Doubles a full mailbox; its oldest access comes to the front. The callers keep it within {@link MAILBOX_CAPACITY}. */
+  #grow(): void {
+    const split = this.#head * RECORD_WORDS
+    const records = new Uint32Array(this.#records.length * 2)
+    records.set(this.#records.subarray(split))
+    records.set(this.#records.subarray(0, split), this.#records.length - split)
+    this.#replies = [
+      ...this.#replies.slice(this.#head),
+      ...this.#replies.slice(0, this.#head),
+      ...emptyReplies(this.#capacity)
+    ]
+    this.#records = records
+    this.#capacity *= 2
+    this.#head = 0
   }
 
   /** Handles what waits, up to the turn's bound. A call whose handler throws is answered before the defect goes on. */
@@ -217,15 +246,18 @@ export class DeviceActor {
       const slot = this.#head
       const reply = this.#replies[slot]
       this.#replies[slot] = undefined
-      this.#head = (slot + 1) % MAILBOX_CAPACITY
+      const at = slot * RECORD_WORDS
+      const kindAndSize = this.#records[at] ?? 0
+      const range = this.#records[at + RECORD_RANGE] ?? 0
+      const offset = this.#records[at + RECORD_OFFSET] ?? 0
+      const value = this.#records[at + RECORD_VALUE] ?? 0
+      const size = kindAndSize & SIZE_MASK
+      this.#head = (slot + 1) % this.#capacity
       this.#count--
       let answer = 0
       try {
-        const range = this.#ranges[slot] ?? 0
-        const offset = this.#offsets[slot] ?? 0
-        const size = this.#sizes[slot] ?? 0
-        if (this.#kinds[slot] === KIND_READ) answer = behaviour.read(range, offset, size)
-        else behaviour.write(range, offset, size, this.#values[slot] ?? 0)
+        if (kindAndSize >> KIND_SHIFT === KIND_READ) answer = behaviour.read(range, offset, size)
+        else behaviour.write(range, offset, size, value)
       } finally {
         reply?.complete(answer)
       }

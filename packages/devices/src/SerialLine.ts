@@ -23,17 +23,21 @@ export const LOG_LINES = 50
 /** The most output bytes that {@link SerialLine.log} looks back. */
 export const LOG_BYTES = 0x4000
 
+/** Bytes of a new output ring. */
+const FIRST_HISTORY_SIZE = 256
 /** Room in the input ring that is kept free for bytes that the receiver gives back. */
 const GIVE_BACK_ROOM = 16
 
 /** A serial line of one machine. It outlives restarts of the device. */
 export class SerialLine {
-  readonly #history = new Uint8Array(OUTPUT_HISTORY_SIZE)
+  /** The ring of output, which grows to {@link OUTPUT_HISTORY_SIZE}: most guests say little. */
+  #history = new Uint8Array(FIRST_HISTORY_SIZE)
   /** Bytes ever sent by the guest; the position of the next one. */
   #sent = 0
   #dropped = 0
 
-  readonly #input = new Uint8Array(INPUT_BUFFER_SIZE)
+  /** Empty until somebody writes. */
+  #input = new Uint8Array(0)
   #inputFirst = 0
   #inputCount = 0
 
@@ -94,6 +98,7 @@ export class SerialLine {
 
   /** Takes a byte of output. */
   readonly transmit = (byte: number): void => {
+    if (this.#sent === this.#history.length && this.#sent < OUTPUT_HISTORY_SIZE) this.#growHistory()
     this.#history[this.#sent % OUTPUT_HISTORY_SIZE] = byte
     this.#sent++
     if (this.#outputWaiter !== undefined) this.#want()
@@ -129,6 +134,13 @@ export class SerialLine {
     if (this.#wanted) return
     this.#wanted = true
     this.#attention?.()
+  }
+
+  /** Doubles the output ring, which is full and has not wrapped yet: every byte keeps its place. */
+  #growHistory(): void {
+    const larger = new Uint8Array(Math.min(this.#history.length * 2, OUTPUT_HISTORY_SIZE))
+    larger.set(this.#history)
+    this.#history = larger
   }
 
   /** A copy of the output from `position` on. */
@@ -167,6 +179,7 @@ export class SerialLine {
     return Effect.suspend(() => {
       if (this.#closed) return Effect.void
       const taken = Math.min(this.#room, bytes.length)
+      if (this.#input.length === 0) this.#input = new Uint8Array(INPUT_BUFFER_SIZE)
       for (let i = 0; i < taken; i++) {
         this.#input[(this.#inputFirst + this.#inputCount) % INPUT_BUFFER_SIZE] = bytes[i] ?? 0
         this.#inputCount++

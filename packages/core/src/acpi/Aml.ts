@@ -146,17 +146,17 @@ const writeTerm = (writer: AmlWriter, term: AmlTerm): void => {
       return
     case "Scope":
       writer.byte(Op.SCOPE)
-      writer.sized((body) => {
-        body.nameString(term.path)
-        writeTerms(body, term.terms)
+      writer.sized(() => {
+        writer.nameString(term.path)
+        writeTerms(writer, term.terms)
       })
       return
     case "Device":
       writer.byte(Op.EXTENDED)
       writer.byte(Op.EXTENDED_DEVICE)
-      writer.sized((body) => {
-        body.nameString(term.path)
-        writeTerms(body, term.terms)
+      writer.sized(() => {
+        writer.nameString(term.path)
+        writeTerms(writer, term.terms)
       })
       return
     case "Method":
@@ -166,10 +166,10 @@ const writeTerm = (writer: AmlWriter, term: AmlTerm): void => {
         term.argumentCount
       )
       writer.byte(Op.METHOD)
-      writer.sized((body) => {
-        body.nameString(term.path)
-        body.byte(term.argumentCount | (term.serialized ? 0x08 : 0))
-        writeTerms(body, term.terms)
+      writer.sized(() => {
+        writer.nameString(term.path)
+        writer.byte(term.argumentCount | (term.serialized ? 0x08 : 0))
+        writeTerms(writer, term.terms)
       })
       return
     case "Return":
@@ -198,9 +198,9 @@ const writeData = (writer: AmlWriter, data: AmlData): void => {
     case "Package":
       writer.require(data.elements.length <= 0xff, "a package has at most 255 elements", data.elements.length)
       writer.byte(Op.PACKAGE)
-      writer.sized((body) => {
-        body.byte(data.elements.length & 0xff)
-        for (const element of data.elements) writeData(body, element)
+      writer.sized(() => {
+        writer.byte(data.elements.length & 0xff)
+        for (const element of data.elements) writeData(writer, element)
       })
       return
     case "ResourceTemplate": {
@@ -243,9 +243,9 @@ const writeInteger = (writer: AmlWriter, value: number): void => {
 
 const writeBuffer = (writer: AmlWriter, bytes: Uint8Array): void => {
   writer.byte(Op.BUFFER)
-  writer.sized((body) => {
-    writeInteger(body, bytes.length)
-    body.bytes(bytes)
+  writer.sized(() => {
+    writeInteger(writer, bytes.length)
+    writer.bytes(bytes)
   })
 }
 

@@ -14,6 +14,7 @@ export interface AmlProblem {
 const DUAL_NAME_PREFIX = 0x2e
 const MULTI_NAME_PREFIX = 0x2f
 const NULL_NAME = 0x00
+const FIRST_CAPACITY = 512
 const NAME_SEGMENT_SIZE = 4
 const MAXIMUM_SEGMENTS = 255
 /** `\A.B`, `^^A`, `A`, `\`, with segments of 1 to 4 characters. */
@@ -22,9 +23,13 @@ const EISA_ID = /^[A-Z]{3}[0-9A-F]{4}$/
 /** The largest value of a package length, which counts its own bytes as well (ACPI 6.5, section 20.2.4). */
 const MAXIMUM_PACKAGE_LENGTH = 2 ** 28 - 1
 
+/** Bytes of a package length: one up to 63, otherwise a nibble and one to three bytes; it counts itself. */
+const packageLengthSize = (bodyLength: number): number =>
+  bodyLength + 1 <= 0x3f ? 1 : bodyLength + 2 <= 0xfff ? 2 : bodyLength + 3 <= 0xf_ffff ? 3 : 4
+
 /** Collects AML bytes. */
 export class AmlWriter {
-  #bytes = new Uint8Array(64)
+  #bytes = new Uint8Array(FIRST_CAPACITY)
   #length = 0
   #problem: AmlProblem | undefined
 
@@ -137,13 +142,17 @@ export class AmlWriter {
     return child
   }
 
-  /** A package length and what it covers: the bytes that `write` puts into the writer that it is given. */
-  sized(write: (body: AmlWriter) => void): void {
-    const body = this.child()
-    write(body)
-    this.adopt(body)
-    this.#packageLength(body.length)
-    this.bytes(body.#bytes.subarray(0, body.length))
+  /** A package length and what it covers: the bytes that `write` writes. */
+  sized(write: () => void): void {
+    const start = this.#length
+    write()
+    const bodyLength = this.#length - start
+    const size = packageLengthSize(bodyLength)
+    this.#room(size)
+    this.#bytes.copyWithin(start + size, start, this.#length)
+    this.#length = start
+    this.#packageLength(bodyLength)
+    this.#length += bodyLength
   }
 
   /** Takes over the problem of a part. */
@@ -153,11 +162,11 @@ export class AmlWriter {
 
   /** The length of what follows and of itself: one byte up to 63, otherwise a nibble and one to three bytes. */
   #packageLength(bodyLength: number): void {
-    if (bodyLength + 1 <= 0x3f) {
+    if (packageLengthSize(bodyLength) === 1) {
       this.byte(bodyLength + 1)
       return
     }
-    const extra = bodyLength + 2 <= 0xfff ? 1 : bodyLength + 3 <= 0xf_ffff ? 2 : 3
+    const extra = packageLengthSize(bodyLength) - 1
     const total = bodyLength + 1 + extra
     this.require(total <= MAXIMUM_PACKAGE_LENGTH, `a term is at most ${MAXIMUM_PACKAGE_LENGTH} bytes long`, total)
     this.byte((extra << 6) | (total & 0x0f))

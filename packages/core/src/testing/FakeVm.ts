@@ -195,7 +195,8 @@ export class FakeVm implements Vm, SimulationParticipant {
     }
     let buffer: ArrayBuffer
     try {
-      buffer = new ArrayBuffer(size)
+      // A resizable buffer is reserved address space: pages that the guest never touches cost neither clearing nor memory.
+      buffer = new ArrayBuffer(size, { maxByteLength: size })
     } catch {
       return refusal("addMemory", what, "there is not enough memory", ENOMEM)
     }
@@ -208,7 +209,7 @@ export class FakeVm implements Vm, SimulationParticipant {
   #free(region: MemoryRegion): void {
     this.#quiet("memory")
     this.memory = new GuestMemory(this.memory.regions.filter((other) => other !== region))
-    region.bytes.buffer.transfer(0)
+    region.bytes.buffer.transferToFixedLength(0)
     this.trace("release-memory", -1, region.guestAddress, region.size)
   }
 

@@ -5,9 +5,13 @@ export const POSTED_RING_SIZE = 256
 
 const FIELDS = 4
 
+/** Places of a new ring. It grows to {@link POSTED_RING_SIZE}. */
+const FIRST_SIZE = 16
+
 /** Posted writes that their device has not taken yet. */
 export class PostedRing {
-  readonly #slots = new Float64Array(POSTED_RING_SIZE * FIELDS)
+  #slots = new Float64Array(FIRST_SIZE * FIELDS)
+  #size = FIRST_SIZE
   #head = 0
   #tail = 0
 
@@ -28,7 +32,8 @@ export class PostedRing {
 
   /** Appends a write. There must be room. */
   push(range: number, offset: number, size: number, value: number): void {
-    const at = (this.#tail % POSTED_RING_SIZE) * FIELDS
+    if (this.length === this.#size) this.#grow()
+    const at = (this.#tail % this.#size) * FIELDS
     this.#slots[at] = range
     this.#slots[at + 1] = offset
     this.#slots[at + 2] = size
@@ -39,11 +44,22 @@ export class PostedRing {
   /** Gives writes to `take`, oldest first, until it refuses one or none is left. Returns whether none is left. */
   drain(take: (range: number, offset: number, size: number, value: number) => boolean): boolean {
     while (this.#head !== this.#tail) {
-      const at = (this.#head % POSTED_RING_SIZE) * FIELDS
+      const at = (this.#head % this.#size) * FIELDS
       const slots = this.#slots
       if (!take(slots[at] ?? 0, slots[at + 1] ?? 0, slots[at + 2] ?? 0, slots[at + 3] ?? 0)) return false
       this.#head++
     }
     return true
+  }
+
+  #grow(): void {
+    const slots = new Float64Array(this.#slots.length * 2)
+    const split = (this.#head % this.#size) * FIELDS
+    slots.set(this.#slots.subarray(split))
+    slots.set(this.#slots.subarray(0, split), this.#slots.length - split)
+    this.#tail -= this.#head
+    this.#head = 0
+    this.#slots = slots
+    this.#size *= 2
   }
 }
