@@ -97,12 +97,13 @@ export const attachBus = Effect.fnUntraced(function*(options: {
   readonly vm: number
   readonly ioctl: KvmSystem["Service"]["ioctl"]
   readonly addSlot: AddSlot
+  readonly hasVcpus: () => boolean
   readonly ring: PostedRing
   readonly bus: Bus
   readonly handlers: BusHandlers
   readonly onDefect: (defect: unknown) => void
 }) {
-  const { addSlot, bus, handlers, ioctl, onDefect, ring, vm } = options
+  const { addSlot, bus, handlers, hasVcpus, ioctl, onDefect, ring, vm } = options
   const ffi = yield* Ffi
   for (const range of bus.ranges) {
     if (range.size > RANGE_SIZE_LIMIT) {
@@ -125,7 +126,12 @@ export const attachBus = Effect.fnUntraced(function*(options: {
       const eventFd = yield* Effect.mapError(ffi.eventFd, kvmError)
       const set = (flags: number) =>
         ioctl(vm, KvmIoctl.KVM_IOEVENTFD, encodeDoorbell(range, doorbell, eventFd.fd, flags))
-      yield* Effect.acquireRelease(set(0), () => Effect.ignore(set(KvmValue.KVM_IOEVENTFD_FLAG_DEASSIGN)))
+      // A bus is attached once, so without vCPUs nobody can ring it any more and it may stay for the rest of the machine's
+      // life: taking it away costs the kernel milliseconds.
+      yield* Effect.acquireRelease(
+        set(0),
+        () => hasVcpus() ? Effect.ignore(set(KvmValue.KVM_IOEVENTFD_FLAG_DEASSIGN)) : Effect.void
+      )
       yield* Effect.mapError(eventFd.onSignal(() => dispatcher.doorbell(index, number)), kvmError)
     }
   }

@@ -6,6 +6,7 @@ import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import { Ffi, layer as layerFfi } from "../Ffi.ts"
 import type { FfiUnavailable } from "../FfiError.ts"
+import { HiddenCpuid } from "./Cpuid.ts"
 import { KvmValue } from "./KvmIoctl.ts"
 import { KvmSystem, layer as layerSystem } from "./KvmSystem.ts"
 import { makeVm } from "./KvmVm.ts"
@@ -21,6 +22,7 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
     const ffi = yield* Ffi
     const system = yield* KvmSystem
     const threads = yield* VcpuThreads
+    const hidden = yield* HiddenCpuid
     return Hypervisor.of({
       name: "kvm",
       limits: {
@@ -30,7 +32,11 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
       createVm: makeVm.pipe(
         Effect.provideService(Ffi, ffi),
         Effect.provideService(KvmSystem, system),
-        Effect.provideService(VcpuThreads, threads)
+        Effect.provideService(VcpuThreads, threads),
+        Effect.map((vm) => ({
+          ...vm,
+          createVcpu: (id) => Effect.provideService(vm.createVcpu(id), HiddenCpuid, hidden)
+        }))
       )
     })
   })

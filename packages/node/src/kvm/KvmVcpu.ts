@@ -24,6 +24,7 @@ export interface Machine {
   readonly vm: number
   /** The vCPUs made so far. */
   readonly runners: Array<VcpuRunner>
+  readonly dropStaleMemory: Effect.Effect<void, HypervisorError>
   /** What the threads are given beside the vCPU itself. */
   readonly job: () => Omit<VcpuJob, "vcpu" | "run" | "control">
   /** Serves the machine's accesses, once it has a bus. */
@@ -88,6 +89,7 @@ export const makeVcpu = Effect.fnUntraced(function*(machine: Machine, id: number
       detail: "the machine has a vCPU with this number already"
     })
   }
+  yield* machine.dropStaleMemory
   const fd = yield* Effect.mapError(ffi.own(ffi.ioctl(machine.vm, KvmIoctl.KVM_CREATE_VCPU, id)), kvmError)
   const mapping = yield* Effect.mapError(ffi.mapShared(fd, system.vcpuMappingSize), kvmError)
   const stats = yield* vcpuStats(fd)

@@ -57,15 +57,17 @@ export const makeVm = Effect.gen(function*() {
   const ring = new PostedRing(PostedRing.allocate(RING_CAPACITY))
   const wake = yield* Effect.mapError(ffi.eventFd, kvmError)
   const runners: Array<VcpuRunner> = []
+  const hasVcpus = () => runners.length > 0
   let attached: Effect.Success<ReturnType<typeof attachBus>> | undefined
   let defect: { readonly value: unknown } | undefined
   yield* Effect.mapError(wake.onSignal(() => attached?.dispatcher.turn()), kvmError)
-  const addSlot = yield* memorySlots(vm, ioctl)
+  const { addSlot, dropStale } = yield* memorySlots(vm, ioctl, hasVcpus)
   yield* Effect.forkScoped(haltWatch(runners))
 
   const machine: Machine = {
     vm,
     runners,
+    dropStaleMemory: dropStale,
     job: () => ({
       ring: ring.buffer,
       wake: wake.fd,
@@ -90,6 +92,7 @@ export const makeVm = Effect.gen(function*() {
         vm,
         ioctl,
         addSlot,
+        hasVcpus,
         ring,
         bus,
         handlers,
@@ -105,7 +108,12 @@ export const makeVm = Effect.gen(function*() {
     interruptLine: Effect.fnUntraced(function*(gsi) {
       const line = yield* Effect.mapError(ffi.eventFd, kvmError)
       const set = (flags: number) => ioctl(vm, KvmIoctl.KVM_IRQFD, encodeIrqfd(line.fd, gsi, flags))
-      yield* Effect.acquireRelease(set(0), () => Effect.ignore(set(KvmValue.KVM_IRQFD_FLAG_DEASSIGN)))
+      // The kernel takes the line away by itself when its eventfd is closed, which is next; that may be later than a vCPU
+      // runs on, though.
+      yield* Effect.acquireRelease(
+        set(0),
+        () => hasVcpus() ? Effect.ignore(set(KvmValue.KVM_IRQFD_FLAG_DEASSIGN)) : Effect.void
+      )
       return { gsi, trigger: line.trigger } satisfies InterruptLine
     }),
     createVcpu: (id) =>

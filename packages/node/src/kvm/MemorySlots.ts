@@ -30,9 +30,27 @@ const encode = (slot: number, flags: number, guestAddress: number, size: number,
   return view
 }
 
-/** The slots of the machine with descriptor `vm`. */
-export const memorySlots = Effect.fnUntraced(function*(vm: number, ioctl: KvmSystem["Service"]["ioctl"]) {
+/** The slots of a machine. */
+export interface MemorySlots {
+  readonly addSlot: AddSlot
+  /** Takes slots whose memory is gone out of the machine. Comes before a vCPU is made. */
+  readonly dropStale: Effect.Effect<void, HypervisorError>
+}
+
+/**
+ * The slots of the machine with descriptor `vm`.
+ *
+ * Taking a slot out of a machine costs the kernel milliseconds, because it waits for every vCPU. Where there is none
+ * (`hasVcpus`), nobody can reach the memory through the slot, so it stays: until a vCPU is made, or, nearly always, until the
+ * machine itself is gone.
+ */
+export const memorySlots = Effect.fnUntraced(function*(
+  vm: number,
+  ioctl: KvmSystem["Service"]["ioctl"],
+  hasVcpus: () => boolean
+) {
   const ffi = yield* Ffi
+  const stale: Array<Effect.Effect<number, HypervisorError>> = []
   let nextSlot = 0
 
   const addSlot: AddSlot = Effect.fnUntraced(function*(guestAddress, size, access) {
@@ -51,8 +69,13 @@ export const memorySlots = Effect.fnUntraced(function*(vm: number, ioctl: KvmSys
     const flags = access === "host-writable" ? KvmValue.KVM_MEM_READONLY : 0
     const set = (size: number) =>
       ioctl(vm, KvmIoctl.KVM_SET_USER_MEMORY_REGION, encode(slot, flags, guestAddress, size, mapping.address))
-    yield* Effect.acquireRelease(set(size), () => Effect.ignore(set(0)))
+    yield* Effect.acquireRelease(set(size), () => {
+      if (hasVcpus()) return Effect.ignore(set(0))
+      stale.push(set(0))
+      return Effect.void
+    })
     return mapping
   })
-  return addSlot
+  const dropStale = Effect.suspend(() => Effect.all(stale.splice(0), { discard: true }))
+  return { addSlot, dropStale } satisfies MemorySlots
 })
