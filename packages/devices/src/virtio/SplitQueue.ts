@@ -81,7 +81,7 @@ export interface QueueSetup {
   readonly eventIndex: boolean
 }
 
-const isPowerOfTwo = (value: number): boolean => value > 0 && (value & (value - 1)) === 0
+const isPowerOfTwo = (value: number): boolean => Number.isInteger(value) && value > 0 && (value & (value - 1)) === 0
 
 const INDEX_MASK = 0xffff
 
@@ -317,11 +317,11 @@ export class SplitQueue {
         )
       }
       const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0
-      if (!writable && chain.writableBytes > 0) {
-        return this.#fail("direction", `chain ${head} has a readable buffer after a writable one`)
-      }
-      // An empty buffer is nowhere: its address says nothing.
+      // An empty buffer is nothing: neither its address nor its direction says anything.
       if (length > 0) {
+        if (!writable && chain.writableBytes > 0) {
+          return this.#fail("direction", `chain ${head} has a readable buffer after a writable one`)
+        }
         const region = this.#memory.regionOf(address, length)
         if (region === undefined) return this.#outside(address, length)
         chain.add(region, address - region.guestAddress, length, writable)
