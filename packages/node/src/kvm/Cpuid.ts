@@ -49,6 +49,8 @@ export const HiddenCpuid = Context.Reference<ReadonlyArray<CpuidMask>>("@troupe/
 
 /** Leaf 1, ECX: the local APIC timer's TSC deadline mode. KVM emulates it but does not list it as supported. */
 const TSC_DEADLINE_TIMER = 1 << 24
+/** Leaf 1, ECX: this is a virtual machine. Without it Linux does not look for KVM's leaves, and has no clock that it can use. */
+const HYPERVISOR = 1 << 31
 /** Leaf 1, EDX: the package has more than one logical processor. */
 const HTT = 1 << 28
 /** Leaves 0xB and 0x1F, ECX bits 8 to 15: type of the level. */
@@ -138,8 +140,8 @@ export const cpuidFor = (
   const { count, hidden, id, tscDeadline } = options
   const leaves: Array<CpuidLeaf> = []
   for (const leaf of supported) {
-    const complete = leaf.function === 1 && tscDeadline
-      ? { ...leaf, ecx: unsigned(leaf.ecx | TSC_DEADLINE_TIMER) }
+    const complete = leaf.function === 1
+      ? { ...leaf, ecx: unsigned(leaf.ecx | HYPERVISOR | (tscDeadline ? TSC_DEADLINE_TIMER : 0)) }
       : leaf
     leaves.push(hide(identify(complete, id, count), hidden))
   }
