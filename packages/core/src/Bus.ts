@@ -132,7 +132,7 @@ export class Bus {
     const sorted = (space: AddressSpace) =>
       ranges.map((_, index) => index)
         .filter((index) => ranges[index]?.space === space)
-        .sort((a, b) => (ranges[a]?.base ?? 0) - (ranges[b]?.base ?? 0))
+        .toSorted((a, b) => (ranges[a]?.base ?? 0) - (ranges[b]?.base ?? 0))
     this.#sorted = { pio: sorted("pio"), mmio: sorted("mmio") }
   }
 

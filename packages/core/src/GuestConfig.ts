@@ -162,7 +162,8 @@ const show = (value: unknown): string => {
   if (value instanceof Uint8Array) return `${value.length} bytes`
   if (typeof value === "string") return JSON.stringify(value)
   if (typeof value === "object" && value !== null) return Array.isArray(value) ? `${value.length} entries` : "an object"
-  return String(value)
+  if (typeof value === "number" || typeof value === "boolean" || typeof value === "bigint") return `${value}`
+  return `a ${typeof value}`
 }
 
 const fieldPath = (path: ReadonlyArray<PropertyKey>): string =>

@@ -15,7 +15,7 @@ import * as Option from "effect/Option"
 import * as Result from "effect/Result"
 import * as Scope from "effect/Scope"
 import * as Semaphore from "effect/Semaphore"
-import { DeviceCatalog } from "./DeviceCatalog.ts"
+import type { DeviceCatalog } from "./DeviceCatalog.ts"
 import { type Epitaph, type Guest, makeGuest } from "./Guest.ts"
 import { decodeGuestConfig, type GuestConfig, type GuestConfigInput } from "./GuestConfig.ts"
 import {
@@ -27,7 +27,7 @@ import {
   NotCreated
 } from "./GuestError.ts"
 import type { GuestStop } from "./GuestStop.ts"
-import { Hypervisor } from "./Hypervisor.ts"
+import type { Hypervisor } from "./Hypervisor.ts"
 import { type LifecycleState, LifecycleTable } from "./LifecycleTable.ts"
 import { type Machine, makeMachine } from "./Machine.ts"
 

@@ -45,7 +45,7 @@ export class GuestMemory {
   readonly regions: ReadonlyArray<MemoryRegion>
 
   constructor(regions: Iterable<MemoryRegion>) {
-    this.regions = Array.from(regions).sort((a, b) => a.guestAddress - b.guestAddress)
+    this.regions = Array.from(regions).toSorted((a, b) => a.guestAddress - b.guestAddress)
     for (let i = 1; i < this.regions.length; i++) {
       const before = this.regions[i - 1]
       const region = this.regions[i]

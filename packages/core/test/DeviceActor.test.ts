@@ -7,7 +7,7 @@ import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import * as Schedule from "effect/Schedule"
 import * as TestClock from "effect/testing/TestClock"
-import fc from "fast-check"
+import * as fc from "fast-check"
 
 const ESCALATE: DevicePolicy = { _tag: "escalate" }
 const restart = (times: number): DevicePolicy => ({

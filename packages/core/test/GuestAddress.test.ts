@@ -1,5 +1,5 @@
 import { ADDRESS_LIMIT, addressEnd, addressFromHalves, INVALID_ADDRESS } from "@troupe/core/GuestAddress"
-import fc from "fast-check"
+import * as fc from "fast-check"
 import { assert, describe, it } from "vitest"
 
 const uint32 = fc.integer({ min: 0, max: 0xffff_ffff })

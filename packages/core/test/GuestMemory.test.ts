@@ -1,5 +1,5 @@
 import { GuestMemory, MemoryRegion, PAGE_SIZE } from "@troupe/core/GuestMemory"
-import fc from "fast-check"
+import * as fc from "fast-check"
 import { assert, describe, it } from "vitest"
 
 const LOW = 0

@@ -1,1 +1,9 @@
-export {}
+/**
+ * Troupe on Linux: guests on this host's KVM.
+ *
+ * `KvmGuestLifecycle.layer` is the one layer with everything wired; `fromPath` makes guest files of paths. The parts, for hosts
+ * that wire them differently, can be imported by module: `@troupe/node/Ffi`, `@troupe/node/kvm/KvmHypervisor`.
+ */
+export { FfiError, FfiUnavailable } from "./FfiError.ts"
+export { fromPath } from "./HostFile.ts"
+export * as KvmGuestLifecycle from "./KvmGuestLifecycle.ts"

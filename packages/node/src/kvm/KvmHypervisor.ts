@@ -34,7 +34,9 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
         Effect.provideService(KvmSystem, system),
         Effect.provideService(VcpuThreads, threads),
         Effect.map((vm) => ({
-          ...vm,
+          addMemory: vm.addMemory,
+          attachBus: vm.attachBus,
+          interruptLine: vm.interruptLine,
           createVcpu: (id) => Effect.provideService(vm.createVcpu(id), HiddenCpuid, hidden)
         }))
       )

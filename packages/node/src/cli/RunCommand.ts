@@ -1,0 +1,137 @@
+/** `troupe run`: one guest on this host's KVM, its serial port on the terminal. */
+import { formatAddress } from "@troupe/core/GuestAddress"
+import { type GuestConfigInput, parseBytes } from "@troupe/core/GuestConfig"
+import type { GuestError } from "@troupe/core/GuestError"
+import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
+import { MachinePolicy } from "@troupe/core/MachinePolicy"
+import * as Command from "effect/cli/Command"
+import * as Flag from "effect/cli/Flag"
+import * as Clock from "effect/Clock"
+import * as Effect from "effect/Effect"
+import * as Fiber from "effect/Fiber"
+import * as Option from "effect/Option"
+import { fromPath } from "../HostFile.ts"
+import * as KvmGuestLifecycle from "../KvmGuestLifecycle.ts"
+import { describeStop, exitCodeHelp, exitCodeOfError, exitCodeOfStop } from "./ExitCode.ts"
+import { ExitStatus } from "./ExitStatus.ts"
+import { makeProgress } from "./Progress.ts"
+import { showOutput, typeInput } from "./Terminal.ts"
+
+const flags = {
+  kernel: Flag.String("kernel").pipe(
+    Flag.withAlias("k"),
+    Flag.withDescription("The kernel: a bzImage, or an ELF file with a PVH note or a 64-bit Linux entry")
+  ),
+  initrd: Flag.String("initrd").pipe(
+    Flag.withDescription("The initial RAM disk"),
+    Flag.optional
+  ),
+  cmdline: Flag.String("cmdline").pipe(
+    Flag.withDescription("The kernel's command line"),
+    Flag.withDefault("console=ttyS0 panic=-1")
+  ),
+  cpus: Flag.Int("cpus").pipe(
+    Flag.withAlias("c"),
+    Flag.withDescription("Virtual processors"),
+    Flag.withDefault(1)
+  ),
+  memory: Flag.String("memory").pipe(
+    Flag.withAlias("m"),
+    Flag.withDescription("Memory: bytes, or a number with k, M or G"),
+    Flag.withDefault("256M")
+  ),
+  bootProtocol: Flag.Literals("boot-protocol", ["auto", "linux64", "pvh"]).pipe(
+    Flag.withDescription("Which entry of the kernel is used"),
+    Flag.withDefault("auto")
+  ),
+  onReset: Flag.Literals("on-reset", ["stop", "run-again"]).pipe(
+    Flag.withDescription("What the guest's reset does"),
+    Flag.withDefault("stop")
+  ),
+  rng: Flag.Boolean("rng").pipe(
+    Flag.withDescription("Give the guest an entropy device"),
+    Flag.withDefault(true)
+  ),
+  cpuidMask: Flag.String("cpuid-mask").pipe(
+    Flag.withDescription("CPU features to hide from the guest, e.g. cx16,popcnt; without it, what this KVM cannot run"),
+    Flag.optional
+  ),
+  quiet: Flag.Boolean("quiet").pipe(
+    Flag.withAlias("q"),
+    Flag.withDescription("Print nothing but what the guest prints"),
+    Flag.withDefault(false)
+  )
+}
+
+/** `troupe run`. */
+export const runCommand = Command.make("run", flags, (input) => {
+  const config: GuestConfigInput = {
+    kernelType: "LINUX",
+    kernel: fromPath(input.kernel),
+    ...(Option.isSome(input.initrd) ? { ramdisk: fromPath(input.initrd.value) } : {}),
+    cmdline: input.cmdline,
+    cpus: input.cpus,
+    guestMemory: input.memory,
+    virtioRng: input.rng,
+    bootProtocol: input.bootProtocol
+  }
+  const hiddenCpuFeatures = Option.match(input.cpuidMask, {
+    onNone: () => "probe" as const,
+    onSome: (features) => features.split(",").filter((feature) => feature !== "")
+  })
+  return runGuest(config, input.kernel, input.quiet).pipe(
+    Effect.updateService(MachinePolicy, ({ device }) => ({ device, reset: input.onReset })),
+    Effect.provide(KvmGuestLifecycle.layerWith({ hiddenCpuFeatures })),
+    Effect.catchTag(
+      ["HypervisorError", "FfiUnavailable", "CpuFeatureUnknown"],
+      (error) => ExitStatus.fail(1, error.message)
+    )
+  )
+}).pipe(
+  Command.withDescription(
+    `Run a guest on this host's KVM with its serial port on this terminal. Ctrl-C stops it, twice at once. ${exitCodeHelp}`
+  ),
+  Command.withExamples([
+    {
+      command: "troupe run --kernel vmlinuz --initrd initrd.img --memory 512M",
+      description: "Boot a distribution kernel"
+    }
+  ])
+)
+
+/** How long a guest that is gone may keep the command waiting for its output to be written. */
+const SHOW_REST_LIMIT = "2 seconds"
+
+const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: string, quiet: boolean) {
+  const lifecycle = yield* GuestLifecycle
+  const progress = yield* makeProgress(quiet)
+  const started = yield* Clock.currentTimeMillis
+  const memory = typeof config.guestMemory === "string" ? parseBytes(config.guestMemory) : config.guestMemory
+  yield* progress.line(
+    `creating a machine: ${config.cpus} vCPU${config.cpus === 1 ? "" : "s"}, memory ${config.guestMemory}${
+      memory === undefined ? "" : ` (to ${formatAddress(memory)})`
+    }, kernel ${kernel}`
+  )
+  const result = yield* Effect.gen(function*() {
+    yield* lifecycle.create(config)
+    const guest = yield* lifecycle.bind
+    const serial = yield* guest.getSerial
+    yield* progress.wait("running; no output yet")
+    const shown = yield* Effect.forkScoped(showOutput(serial, progress.done))
+    yield* typeInput(serial)
+    // What the guest wrote last is still to be shown when it is gone, unless nobody reads it.
+    const showRest = Fiber.await(shown).pipe(Effect.timeoutOption(SHOW_REST_LIMIT))
+    return yield* Effect.ensuring(lifecycle.run, showRest)
+  }).pipe(
+    Effect.scoped,
+    Effect.ensuring(progress.done),
+    Effect.result
+  )
+  const seconds = (((yield* Clock.currentTimeMillis) - started) / 1000).toFixed(1)
+  if (result._tag === "Success") {
+    yield* progress.line(`${describeStop(result.success)} after ${seconds} s`)
+    return yield* ExitStatus.set(exitCodeOfStop(result.success))
+  }
+  const error: GuestError = result.failure
+  return yield* ExitStatus.fail(exitCodeOfError(error), error.message)
+})

@@ -1,0 +1,70 @@
+/**
+ * The host's terminal as the other end of a guest's serial port.
+ *
+ * A terminal is put into raw mode while the guest runs, so that each key reaches the guest as it is typed; Ctrl-C stays with
+ * the host and is sent to this process as `SIGINT`. Whatever ends the guest, the terminal is as it was before.
+ */
+import type { SerialPort } from "@troupe/core/SerialPort"
+import * as Effect from "effect/Effect"
+import * as Queue from "effect/Queue"
+import type * as Scope from "effect/Scope"
+import * as Stream from "effect/Stream"
+
+const CTRL_C = 0x03
+/** Typed bytes that may wait for the guest. A terminal must go on being read, or Ctrl-C would not be seen: more is dropped. */
+const TYPED_AHEAD_LIMIT = 0x1_0000
+
+/** Writes the guest's output to `stdout` until the guest is gone; `onFirst` runs before the first byte. */
+export const showOutput = (serial: SerialPort["Service"], onFirst: Effect.Effect<void>): Effect.Effect<void> => {
+  let first = true
+  return Stream.runForEach(serial.output, (bytes) => {
+    const write = Effect.callback<void>((resume) => {
+      process.stdout.write(bytes, () => resume(Effect.void))
+    })
+    if (!first) return write
+    first = false
+    return Effect.andThen(onFirst, write)
+  })
+}
+
+/** Types what comes from `stdin` into the guest until the scope closes. The end of `stdin` is not an event for the guest. */
+export const typeInput = (serial: SerialPort["Service"]): Effect.Effect<void, never, Scope.Scope> =>
+  Effect.gen(function*() {
+    const chunks = yield* Queue.unbounded<Uint8Array>()
+    let waiting = 0
+    yield* Effect.acquireRelease(
+      Effect.sync(() => {
+        const stdin = process.stdin
+        const raw = stdin.isTTY
+        const onData = (data: Buffer): void => {
+          if (raw && data.includes(CTRL_C)) process.kill(process.pid, "SIGINT")
+          const typed = raw ? data.filter((byte) => byte !== CTRL_C) : data
+          if (typed.length === 0 || (raw && waiting + typed.length > TYPED_AHEAD_LIMIT)) return
+          waiting += typed.length
+          Queue.offerUnsafe(chunks, typed)
+          // A pipe or file can wait, so nothing of it is lost.
+          if (!raw) stdin.pause()
+        }
+        if (raw) stdin.setRawMode(true)
+        stdin.on("data", onData)
+        stdin.resume()
+        return { stdin, raw, onData }
+      }),
+      ({ onData, raw, stdin }) =>
+        Effect.sync(() => {
+          stdin.off("data", onData)
+          stdin.pause()
+          if (raw) stdin.setRawMode(false)
+          stdin.unref?.()
+        })
+    )
+    const type = Effect.flatMap(Queue.take(chunks), (bytes) =>
+      Effect.andThen(
+        serial.write(bytes),
+        Effect.sync(() => {
+          waiting -= bytes.length
+          process.stdin.resume()
+        })
+      ))
+    yield* Effect.forkScoped(Effect.forever(type))
+  })
