@@ -57,6 +57,12 @@ describe("encodeAml", () => {
     assert.strictEqual(nameStringHex("\\A.B.C"), "5c2f03415f5f5f425f5f5f435f5f5f")
   })
 
+  it("writes names of up to 255 segments", () => {
+    const path = (count: number) => Array.from({ length: count }, () => "SEG0").join(".")
+    assert.deepStrictEqual(readAml(bytesOf(Aml.scope(path(255), []))), [{ _tag: "Scope", path: path(255), terms: [] }])
+    assert.include(refusal(Aml.scope(path(256), [])), "255 segments")
+  })
+
   it("writes scopes, devices and methods with their lengths", () => {
     assert.strictEqual(hex(Aml.device("DEV0", [])), "5b820544455630")
     assert.strictEqual(hex(Aml.method("_STA", [Aml.return(Aml.integer(15))])), "14095f53544100a40a0f")

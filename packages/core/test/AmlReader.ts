@@ -44,6 +44,10 @@ class Cursor {
     if (count > 0 && (lead & 0x30) !== 0) throw new Error("PkgLength: bits 4 and 5 must be zero")
     for (let i = 0; i < count; i++) length += this.byte() * 2 ** (4 + 8 * i)
     const end = start + length
+    const body = end - this.position
+    if (count > 0 && body + count <= 2 ** (count === 1 ? 6 : 8 * count - 4) - 1) {
+      throw new Error("PkgLength is not the shortest")
+    }
     if (end > this.end) throw new Error(`PkgLength ${length} at ${start} leaves its container`)
     const part = new Cursor(this.bytes, this.position, end)
     this.position = end

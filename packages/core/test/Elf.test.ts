@@ -88,6 +88,15 @@ describe("parseElf", () => {
     assert.strictEqual(accepted(image).pvhEntry, 0x30_2010)
   })
 
+  it("takes notes without a descriptor, up to the last byte", () => {
+    const image = makeElfKernel({
+      segments: [...segments, { guestAddress: 6 * MIB, bytes: note("GNU\0", 1, []) }],
+      entry: 0
+    })
+    new DataView(image.buffer).setUint32(header(2, ProgramHeaderOffset.p_type), PT_NOTE, true)
+    assert.isUndefined(accepted(image).pvhEntry)
+  })
+
   it("has no PVH entry without a note", () => {
     assert.isUndefined(accepted(makeElfKernel({ segments, entry: 2 * MIB })).pvhEntry)
   })

@@ -99,7 +99,12 @@ const checkPlan = (kernel: KernelInput, plan: KernelPlan): void => {
   assert.isTrue(inside(plan.kernel), "the kernel's memory is RAM")
   const { rip } = plan.entry
   assert.isTrue(rip < FOUR_GIB && rip >= plan.kernel.guestAddress && rip < plan.kernel.guestAddress + plan.kernel.size)
+  assert.strictEqual(plan.initrd === undefined, kernel.initrd === undefined)
   if (plan.initrd !== undefined) {
+    const [segment, ...others] = plan.segments.filter((candidate) => candidate.name === "initrd")
+    assert.strictEqual(others.length, 0)
+    assert.strictEqual(segment?.guestAddress, plan.initrd.guestAddress)
+    assert.strictEqual(segment?.bytes, kernel.initrd)
     assert.isFalse(overlaps(plan.initrd, plan.kernel), "the initial RAM disk keeps clear of the kernel")
     assert.strictEqual(plan.initrd.size, kernel.initrd?.length)
     assert.strictEqual(plan.initrd.guestAddress % 4096, 0)
@@ -133,6 +138,12 @@ describe("loadKernel", () => {
     assert.strictEqual(params.getUint16(0x1fe, true), 0xaa55)
     assert.strictEqual(params.getUint32(0x202, true), 0x5372_6448)
     assert.strictEqual(params.getUint8(0x1ef), 0, "the sentinel is not copied")
+    const header = view(kernel.image)
+    for (const field of ["setup_sects", "syssize", "version", "init_size", "pref_address", "xloadflags"] as const) {
+      const offset = BootParamsOffset[field]
+      assert.notStrictEqual(header.getUint32(offset, true), 0)
+      assert.strictEqual(params.getUint32(offset, true), header.getUint32(offset, true), field)
+    }
     assert.strictEqual(params.getUint8(0x210), 0xff)
     assert.strictEqual(params.getUint8(0x211) & 1, 1)
     assert.strictEqual(params.getUint32(0x214, true), 16 * MIB)
@@ -266,7 +277,7 @@ describe("loadKernel", () => {
   })
 
   it("checks the command line", () => {
-    const long = "x".repeat(2047)
+    const long = `${"x".repeat(2046)}\x7f`
     assert.strictEqual(textAt(planned(input(bzImage(), { commandLine: long })), 0x2_0000), long)
     for (const image of [bzImage(), elf()]) {
       assert.strictEqual(refused(input(image, { commandLine: `${long}x` })).field, "length")
@@ -282,6 +293,18 @@ describe("loadKernel", () => {
       assert.strictEqual(refused(input(bzImage(), { memorySize })).part, "memory")
     }
     assert.strictEqual(refused(input(bzImage(), { memorySize: 16 * MIB })).field, "init_size")
+  })
+
+  it("fits the smallest machine and the largest", () => {
+    const segments = [{ guestAddress: MIB, bytes: code, size: MIB }]
+    const small = input(makeElfKernel({ segments, entry: MIB }), { memorySize: 2 * MIB })
+    checkPlan(small, planned(small))
+    assert.strictEqual(refused({ ...small, memorySize: 2 * MIB - 4096 }).part, "memory")
+    const high = { guestAddress: FOUR_GIB, bytes: code, size: 2 ** 44 - DEVICE_WINDOW_ADDRESS }
+    const large = input(makeElfKernel({ segments: [...segments, high], entry: MIB }), { memorySize: 2 ** 44 })
+    checkPlan(large, planned(large))
+    assert.deepStrictEqual(planned(large).kernel, { guestAddress: MIB, size: MIB }, "what is above 4 GiB is apart")
+    assert.strictEqual(refused({ ...large, memorySize: 2 ** 44 + 4096 }).part, "memory")
   })
 
   it("loads the empty kernel of the test kit into a small machine", () => {
