@@ -17,6 +17,9 @@ import {
 } from "./ForeignFunctions.ts"
 import { makePoll, UV_POLL } from "./UvPoll.ts"
 
+/** Functions and callbacks are good while their library is open, so every library is held for the life of the thread. */
+const libraries: Array<NodeFfiModule.DynamicLibrary> = []
+
 /**
  * Loads `node:ffi`, or says with `undefined` that this Node does not have it. `quiet` holds back the module's one
  * `ExperimentalWarning` and nothing else: the filter is in place only during the (synchronous) load.
@@ -57,21 +60,13 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     eventfd_write: { arguments: ["i32", "u64"], return: "i32" },
     eventfd_read: { arguments: ["i32", "u64"], return: "i32" },
     syscall: { arguments: ["i64", "i64", "i64", "i64"], return: "i64" },
-    sigaction: { arguments: ["i32", "u64", "u64"], return: "i32" },
-    calloc: { arguments: ["u64", "u64"], return: "u64" },
-    free: { arguments: ["u64"], return: "void" },
-    uv_handle_size: { arguments: ["i32"], return: "u64" },
-    uv_poll_init: { arguments: ["u64", "u64", "i32"], return: "i32" },
-    uv_poll_start: { arguments: ["u64", "i32", "u64"], return: "i32" },
-    uv_poll_stop: { arguments: ["u64"], return: "i32" },
-    uv_ref: { arguments: ["u64"], return: "void" },
-    uv_unref: { arguments: ["u64"], return: "void" },
-    uv_close: { arguments: ["u64", "u64"], return: "void" }
+    sigaction: { arguments: ["i32", "u64", "u64"], return: "i32" }
   })
   // A second handle on the same symbols, for the pointer form of `ioctl`.
-  const { functions: withBuffer } = ffi.dlopen(null, {
+  const { functions: withBuffer, lib: secondLib } = ffi.dlopen(null, {
     ioctl: { arguments: ["i32", "u32", "buffer"], return: "i32" }
   })
+  libraries.push(lib, secondLib)
 
   // `errno` of this thread as a typed array: read at once after the call, before anything can allocate and change it.
   const errno = new Int32Array(ffi.toArrayBuffer(c.__errno_location(), 4, false))
@@ -82,19 +77,31 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
   const counterAddress = ffi.getRawPointer(counter)
 
   const poll = makePoll(({ onClosed, onPoll }) => {
+    const { functions: uv, lib } = ffi.dlopen(null, {
+      calloc: { arguments: ["u64", "u64"], return: "u64" },
+      free: { arguments: ["u64"], return: "void" },
+      uv_handle_size: { arguments: ["i32"], return: "u64" },
+      uv_poll_init: { arguments: ["u64", "u64", "i32"], return: "i32" },
+      uv_poll_start: { arguments: ["u64", "i32", "u64"], return: "i32" },
+      uv_poll_stop: { arguments: ["u64"], return: "i32" },
+      uv_ref: { arguments: ["u64"], return: "void" },
+      uv_unref: { arguments: ["u64"], return: "void" },
+      uv_close: { arguments: ["u64", "u64"], return: "void" }
+    })
+    libraries.push(lib)
     const pollCallback = lib.registerCallback({ arguments: ["u64", "i32", "i32"], return: "void" }, onPoll)
     const closeCallback = lib.registerCallback({ arguments: ["u64"], return: "void" }, onClosed)
-    const size = c.uv_handle_size(UV_POLL)
+    const size = uv.uv_handle_size(UV_POLL)
     const loop = ffi.getCurrentEventLoop()
     return {
-      allocate: () => c.calloc(1n, size),
-      free: (handle) => c.free(handle),
-      init: (handle, fd) => c.uv_poll_init(loop, handle, fd),
-      start: (handle, events) => c.uv_poll_start(handle, events, pollCallback),
-      stop: (handle) => c.uv_poll_stop(handle),
-      ref: (handle) => c.uv_ref(handle),
-      unref: (handle) => c.uv_unref(handle),
-      close: (handle) => c.uv_close(handle, closeCallback)
+      allocate: () => uv.calloc(1n, size),
+      free: (handle) => uv.free(handle),
+      init: (handle, fd) => uv.uv_poll_init(loop, handle, fd),
+      start: (handle, events) => uv.uv_poll_start(handle, events, pollCallback),
+      stop: (handle) => uv.uv_poll_stop(handle),
+      ref: (handle) => uv.uv_ref(handle),
+      unref: (handle) => uv.uv_unref(handle),
+      close: (handle) => uv.uv_close(handle, closeCallback)
     }
   })
 
