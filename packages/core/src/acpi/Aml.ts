@@ -130,7 +130,7 @@ const writeTerms = (writer: AmlWriter, terms: ReadonlyArray<AmlTerm>): void => {
   for (const term of terms) {
     if (term._tag === "Name" || term._tag === "Device" || term._tag === "Method") {
       const name = term.path.split(".").map((segment) => segment.replace(/_+$/, "")).join(".")
-      writer.require(!names.has(name), "the objects of a scope have different names", JSON.stringify(term.path))
+      writer.demand(!names.has(name), "the objects of a scope have different names", JSON.stringify(term.path))
       names.add(name)
     }
     writeTerm(writer, term)
@@ -160,7 +160,7 @@ const writeTerm = (writer: AmlWriter, term: AmlTerm): void => {
       })
       return
     case "Method":
-      writer.require(
+      writer.demand(
         Number.isInteger(term.argumentCount) && term.argumentCount >= 0 && term.argumentCount <= 7,
         "a method has 0 to 7 arguments",
         term.argumentCount
@@ -196,7 +196,7 @@ const writeData = (writer: AmlWriter, data: AmlData): void => {
       writeBuffer(writer, data.bytes)
       return
     case "Package":
-      writer.require(data.elements.length <= 0xff, "a package has at most 255 elements", data.elements.length)
+      writer.demand(data.elements.length <= 0xff, "a package has at most 255 elements", data.elements.length)
       writer.byte(Op.PACKAGE)
       writer.sized(() => {
         writer.byte(data.elements.length & 0xff)
@@ -220,7 +220,7 @@ const writeData = (writer: AmlWriter, data: AmlData): void => {
 }
 
 const writeInteger = (writer: AmlWriter, value: number): void => {
-  writer.require(Number.isSafeInteger(value) && value >= 0, "an integer is a non-negative safe integer", value)
+  writer.demand(Number.isSafeInteger(value) && value >= 0, "an integer is a non-negative safe integer", value)
   if (value === 0) {
     writer.byte(Op.ZERO)
   } else if (value === 1) {
@@ -267,7 +267,7 @@ const writeResource = (writer: AmlWriter, resource: AmlResource): void => {
     case "Memory32Fixed":
       writer.requireUnsigned("a 32-bit memory base", resource.base, 0xffff_ffff)
       writer.requireUnsigned("a 32-bit memory size", resource.size, 0xffff_ffff)
-      writer.require(resource.base + resource.size <= 2 ** 32, "32-bit memory ends at 4 GiB", resource.base)
+      writer.demand(resource.base + resource.size <= 2 ** 32, "32-bit memory ends at 4 GiB", resource.base)
       writer.byte(MEMORY_32_FIXED_DESCRIPTOR)
       writer.word(9)
       writer.byte(resource.writable ? 1 : 0)
@@ -278,7 +278,7 @@ const writeResource = (writer: AmlWriter, resource: AmlResource): void => {
       writer.requireUnsigned("an I/O port", resource.base, 0xffff)
       writer.requireUnsigned("an alignment of I/O ports", resource.alignment, 0xff)
       writer.requireUnsigned("a number of I/O ports", resource.size, 0xff)
-      writer.require(resource.base + resource.size <= 0x1_0000, "I/O ports end at 0xffff", resource.base)
+      writer.demand(resource.base + resource.size <= 0x1_0000, "I/O ports end at 0xffff", resource.base)
       writer.byte(IO_PORT_DESCRIPTOR)
       writer.byte(IO_DECODE_16)
       writer.word(resource.base)
@@ -287,7 +287,7 @@ const writeResource = (writer: AmlWriter, resource: AmlResource): void => {
       writer.byte(resource.size)
       return
     case "Interrupt":
-      writer.require(
+      writer.demand(
         resource.gsis.length > 0 && resource.gsis.length <= 0xff,
         "an interrupt descriptor has 1 to 255 interrupts",
         resource.gsis.length

@@ -49,13 +49,13 @@ export class AmlWriter {
   }
 
   /** Records a problem unless `condition` holds or there is one already. */
-  require(condition: boolean, rule: string, value: number | string): void {
+  demand(condition: boolean, rule: string, value: number | string): void {
     if (!condition && this.#problem === undefined) this.#problem = { rule, value: String(value) }
   }
 
   /** Records a problem unless `value` is an integer from 0 to `limit`. */
   requireUnsigned(what: string, value: number, limit: number): void {
-    this.require(
+    this.demand(
       Number.isInteger(value) && value >= 0 && value <= limit,
       `${what} is an integer from 0 to ${limit}`,
       value
@@ -87,7 +87,7 @@ export class AmlWriter {
   asciiz(text: string): void {
     for (let index = 0; index < text.length; index++) {
       const code = text.charCodeAt(index)
-      this.require(code > 0 && code <= 0x7f, "a string is ASCII without NUL", JSON.stringify(text))
+      this.demand(code > 0 && code <= 0x7f, "a string is ASCII without NUL", JSON.stringify(text))
       this.byte(code & 0x7f)
     }
     this.byte(0)
@@ -96,7 +96,7 @@ export class AmlWriter {
   /** A name with its path (ACPI 6.5, section 20.2.2). */
   nameString(path: string): void {
     const match = NAME_STRING.exec(path)
-    this.require(
+    this.demand(
       match !== null,
       "a name is made of segments of 1 to 4 characters from A-Z, 0-9 and _",
       JSON.stringify(path)
@@ -104,8 +104,8 @@ export class AmlWriter {
     if (match === null) return
     const prefix = match[1] ?? ""
     const segments = match[2] === undefined ? [] : match[2].split(".")
-    this.require(segments.length > 0 || prefix === "\\", "a name other than \\ has a segment", JSON.stringify(path))
-    this.require(segments.length <= MAXIMUM_SEGMENTS, "a name has at most 255 segments", segments.length)
+    this.demand(segments.length > 0 || prefix === "\\", "a name other than \\ has a segment", JSON.stringify(path))
+    this.demand(segments.length <= MAXIMUM_SEGMENTS, "a name has at most 255 segments", segments.length)
     for (let index = 0; index < prefix.length; index++) this.byte(prefix.charCodeAt(index))
     if (segments.length === 0) {
       this.byte(NULL_NAME)
@@ -124,7 +124,7 @@ export class AmlWriter {
   /** A Plug and Play identifier compressed to 32 bits: letters of 5 bits and four digits, most significant byte first. */
   eisaId(id: string): void {
     const valid = EISA_ID.test(id)
-    this.require(valid, "an EISA identifier is three letters A-Z and four digits 0-9, A-F", JSON.stringify(id))
+    this.demand(valid, "an EISA identifier is three letters A-Z and four digits 0-9, A-F", JSON.stringify(id))
     if (!valid) return
     const letter = (index: number) => id.charCodeAt(index) - 0x40
     const letters = (letter(0) << 10) | (letter(1) << 5) | letter(2)
@@ -168,7 +168,7 @@ export class AmlWriter {
     }
     const extra = packageLengthSize(bodyLength) - 1
     const total = bodyLength + 1 + extra
-    this.require(total <= MAXIMUM_PACKAGE_LENGTH, `a term is at most ${MAXIMUM_PACKAGE_LENGTH} bytes long`, total)
+    this.demand(total <= MAXIMUM_PACKAGE_LENGTH, `a term is at most ${MAXIMUM_PACKAGE_LENGTH} bytes long`, total)
     this.byte((extra << 6) | (total & 0x0f))
     for (let index = 0; index < extra; index++) this.byte((total >>> (4 + 8 * index)) & 0xff)
   }
