@@ -30,6 +30,17 @@ import { loadForeignFunctions } from "./internal/loadForeignFunctions.ts"
 import { map, type Mapping } from "./internal/Mapping.ts"
 
 export type { ForeignBuffer, ForeignFunctions, ForeignFunctionsName, Ioctl, PollCallback, PollHandle }
+export {
+  MADV_DONTNEED,
+  MADV_HUGEPAGE,
+  MADV_REMOVE,
+  O_NONBLOCK,
+  O_RDONLY,
+  O_RDWR,
+  POLL_DISCONNECT,
+  POLL_READABLE,
+  POLL_WRITABLE
+} from "./internal/ForeignFunctions.ts"
 export { ForeignView, Mapping, UseAfterUnmap } from "./internal/Mapping.ts"
 
 /** An eventfd: a counter in the kernel that one side adds to and the other takes. */
