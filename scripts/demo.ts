@@ -166,6 +166,8 @@ const scenario = (): Effect.Effect<GuestStop, GuestError> => {
 const runDemo = async (effect: Effect.Effect<GuestStop, GuestError>): Promise<number> => {
   const abort = new AbortController()
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.once(signal, () => abort.abort())
+  // Nobody reads on (`| head`): the machine ends in order, without words.
+  process.stdout.on("error", () => abort.abort())
   print("Troupe demo: a virtual machine boots, works and turns itself off.")
   const exit = await Effect.runPromiseExit(effect, { signal: abort.signal })
   if (Exit.isSuccess(exit)) return exit.value._tag === "PowerOff" ? 0 : 1
