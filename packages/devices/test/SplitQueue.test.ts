@@ -200,20 +200,19 @@ describe("A correct driver", () => {
           const { driver, memory, queue } = pair({ eventIndex, indirect, size })
           const expected = new Map<number, { readonly contents: Uint8Array; readonly room: number }>()
           const working: Array<DescriptorChain> = []
-          let notified = false
-          let interrupted = false
+          const wake = { device: false, driver: false }
           let served = 0
           let finished = 0
           let polled = 0
           let added = 0
 
           const serve = (budget: number) => {
-            if (!notified) return
+            if (!wake.device) return
             queue.suppressNotifications()
             for (let i = 0; i < budget; i++) {
               const chain = new DescriptorChain(size)
               if (!queue.take(chain)) {
-                notified = queue.resumeNotifications()
+                wake.device = queue.resumeNotifications()
                 return
               }
               served++
@@ -229,11 +228,11 @@ describe("A correct driver", () => {
             if (chain === undefined) return
             finished++
             queue.complete(chain, order % (chain.writableBytes + 1))
-            if (queue.publish()) interrupted = true
+            if (queue.publish()) wake.driver = true
           }
           const poll = () => {
-            if (!interrupted) return
-            interrupted = false
+            if (!wake.driver) return
+            wake.driver = false
             driver.disableInterrupts()
             for (;;) {
               const used = driver.poll()
@@ -266,14 +265,14 @@ describe("A correct driver", () => {
               const room = step.writable.reduce((sum, length) => sum + length, 0)
               expected.set(head, { contents: Uint8Array.from(contents), room })
             } else if (step.kind === "publish") {
-              if (driver.publish()) notified = true
+              if (driver.publish()) wake.device = true
             } else if (step.kind === "serve") serve(step.budget)
             else if (step.kind === "finish") finish(step.order)
             else poll()
             assert.isUndefined(queue.fault)
           }
-          if (driver.publish()) notified = true
-          for (let turn = 0; turn < 1000 && notified; turn++) serve(3)
+          if (driver.publish()) wake.device = true
+          for (let turn = 0; turn < 1000 && wake.device; turn++) serve(3)
           while (working.length > 0) finish(working.length * 7)
           poll()
           assert.deepStrictEqual([served, finished, polled, expected.size], [added, added, added, 0])

@@ -1,0 +1,70 @@
+/** A vCPU for guest code on a device harness: every operation is done at once, and what waits for the device runs before. */
+import { openBusValue } from "@troupe/core/Bus"
+import type { AccessSize, GuestCpu, GuestOperation, GuestRoutine } from "@troupe/core/testing/GuestCpu"
+import type { DeviceHarness } from "./DeviceHarness.ts"
+
+/** Where the only memory-mapped range of the device is for the guest. */
+export const HARNESS_PLACE = { base: 0xd000_0000, gsi: 0 } as const
+
+const operation = <A>(run: () => A): GuestOperation<A> => ({
+  [Symbol.iterator]: () => ({ next: () => ({ done: true, value: run() }) })
+})
+
+const unsupported = (): never => {
+  throw new Error("the device harness has no such operation")
+}
+
+/** A vCPU whose memory and devices are those of the harness. Waiting for an interrupt that does not come throws. */
+export const harnessCpu = (harness: DeviceHarness): GuestCpu => {
+  const taken = harness.interrupts.map(() => 0)
+  const pending = (gsi: number) => (harness.interrupts[gsi] ?? 0) > (taken[gsi] ?? 0)
+  const acknowledge = (gsi: number) => {
+    const was = pending(gsi)
+    taken[gsi] = harness.interrupts[gsi] ?? 0
+    return was
+  }
+  const window = (address: number) => address - HARNESS_PLACE.base
+  const inWindow = (address: number) => window(address) >= 0 && window(address) < 0x1000
+  return {
+    id: 0,
+    state: undefined,
+    memory: harness.memory,
+    interrupts: { enabled: false, pending: new Set(), handle: unsupported, route: unsupported, acknowledge },
+    in8: (port) => operation(() => harness.in8(port)),
+    in16: unsupported,
+    in32: unsupported,
+    out8: (port, value) => operation(() => harness.out8(port, value)),
+    out16: unsupported,
+    out32: unsupported,
+    load: (address: number, size: AccessSize) =>
+      operation(() => (inWindow(address) ? harness.read(0, window(address), size) : openBusValue(size))),
+    store: (address, size, value) =>
+      operation(() => {
+        if (inWindow(address)) harness.write(0, window(address), size, value)
+      }),
+    enableInterrupts: unsupported,
+    disableInterrupts: unsupported,
+    waitForInterrupt: (gsi = 0) =>
+      operation(() => {
+        harness.settle()
+        if (!acknowledge(gsi)) throw new Error(`the vCPU would wait for interrupt ${gsi} for ever`)
+        return gsi
+      }),
+    waitForInterruptWithin: unsupported,
+    halt: unsupported,
+    tripleFault: unsupported,
+    internalError: unsupported,
+    sleep: unsupported,
+    yield: () => operation(() => harness.settle()),
+    now: () => 0,
+    startVcpu: unsupported
+  }
+}
+
+/** Runs guest code to its end. */
+export const runGuest = <A>(routine: GuestRoutine<A>): A => {
+  for (;;) {
+    const step = routine.next(undefined)
+    if (step.done === true) return step.value
+  }
+}
