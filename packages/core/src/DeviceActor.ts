@@ -61,6 +61,8 @@ export class DeviceActor {
   #capacity = FIRST_CAPACITY
   #head = 0
   #count = 0
+  /** Accesses handled so far. */
+  #handled = 0
 
   /** One entry a doorbell: which range, which doorbell of it, and whether it waits. */
   readonly #doorbellRanges: Uint16Array
@@ -154,6 +156,15 @@ export class DeviceActor {
         (crash) => new DeviceEscalated({ device: this.device.name, starts: this.#generation, detail: crash.detail })
       )
     )
+  })
+
+  /** Returns when the accesses that wait now have been handled; at once when the device does not work now. */
+  readonly settled: Effect.Effect<void> = Effect.suspend(() => {
+    const handled = this.#handled + this.#count
+    const wait: Effect.Effect<void> = Effect.suspend(() =>
+      this.#handled >= handled || this.#current === undefined ? Effect.void : Effect.andThen(Effect.yieldNow, wait)
+    )
+    return wait
   })
 
   get #startGeneration(): Effect.Effect<void, DeviceFailure> {
@@ -254,6 +265,7 @@ export class DeviceActor {
       const size = kindAndSize & SIZE_MASK
       this.#head = (slot + 1) % this.#capacity
       this.#count--
+      this.#handled++
       let answer = 0
       try {
         if (kindAndSize >> KIND_SHIFT === KIND_READ) answer = behaviour.read(range, offset, size)

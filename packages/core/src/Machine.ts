@@ -54,13 +54,19 @@ export interface Machine {
   readonly run: Effect.Effect<GuestStop, GuestError>
 }
 
+/** The reason of a failure, once the last lines of the serial log are known. */
+type Failure = (serialLog: ReadonlyArray<string>) => GuestErrorReason
+
+/** How a life of the guest ends: the first to complete it decides. */
+type Outcome = Deferred.Deferred<GuestStop, Failure>
+
 /** One life of the guest, ready to start. */
 interface Incarnation {
   readonly scope: Scope.Closeable
   readonly vm: Vm
   readonly plan: KernelPlan
   readonly actors: ReadonlyArray<DeviceActor>
-  readonly outcome: Deferred.Deferred<GuestStop, GuestErrorReason>
+  readonly outcome: Outcome
 }
 
 const fail = (reason: GuestErrorReason): Effect.Effect<never, GuestError> => Effect.fail(new GuestError({ reason }))
@@ -88,7 +94,7 @@ export const makeMachine: (
     }
     const devices = yield* makeDevices(config)
     const services = yield* publishServices(devices)
-    const build = buildIncarnation(config, devices, services, scope)
+    const build = buildIncarnation(config, devices, scope)
     let incarnation = yield* build
     const run = Effect.gen(function*() {
       for (;;) {
@@ -165,12 +171,11 @@ const initializationFailure = (failure: DeviceFailure): DeviceInitializationFail
 const buildIncarnation = (
   config: GuestConfig,
   devices: ReadonlyArray<Device>,
-  services: Context.Context<never>,
   parent: Scope.Scope
 ): Effect.Effect<Incarnation, GuestError, Hypervisor> =>
   Effect.uninterruptibleMask(Effect.fnUntraced(function*(restore) {
     const scope = yield* Scope.fork(parent)
-    return yield* restore(Scope.provide(assemble(config, devices, services, scope), scope)).pipe(
+    return yield* restore(Scope.provide(assemble(config, devices, scope), scope)).pipe(
       Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void)
     )
   }))
@@ -178,12 +183,11 @@ const buildIncarnation = (
 const assemble = Effect.fnUntraced(function*(
   config: GuestConfig,
   devices: ReadonlyArray<Device>,
-  services: Context.Context<never>,
   scope: Scope.Closeable
 ) {
   const hypervisor = yield* Hypervisor
   const { device: defaultPolicy } = yield* MachinePolicy
-  const outcome = Deferred.makeUnsafe<GuestStop, GuestErrorReason>()
+  const outcome = Deferred.makeUnsafe<GuestStop, Failure>()
   const initialize = <A, R>(effect: Effect.Effect<A, HypervisorError, R>, detail: string) =>
     Effect.mapError(
       effect,
@@ -216,7 +220,7 @@ const assemble = Effect.fnUntraced(function*(
       })
     )
   )
-  const stop = stopper(outcome, services)
+  const stop = stopper(outcome)
   for (const placed of placement.devices) {
     const interrupts = yield* Effect.forEach(
       placed.placement.gsis,
@@ -334,29 +338,22 @@ const makeActor = (
   }))
 
 /** How a device ends the machine: the first to say so decides how. */
-const stopper =
-  (outcome: Deferred.Deferred<GuestStop, GuestErrorReason>, services: Context.Context<never>) =>
-  (reason: GuestStop | GuestFailure): void => {
-    switch (reason._tag) {
-      case "PowerOff":
-      case "Reset":
-      case "Halt":
-        Deferred.doneUnsafe(outcome, Exit.succeed(reason))
-        return
-      default:
-        Deferred.doneUnsafe(
-          outcome,
-          Exit.fail(
-            new VcpuRuntimeFailure({
-              operation: "run",
-              detail: describeFailure(reason),
-              failure: reason,
-              serialLog: serialLog(services)
-            })
-          )
+const stopper = (outcome: Outcome) => (reason: GuestStop | GuestFailure): void => {
+  switch (reason._tag) {
+    case "PowerOff":
+    case "Reset":
+    case "Halt":
+      Deferred.doneUnsafe(outcome, Exit.succeed(reason))
+      return
+    default:
+      Deferred.doneUnsafe(
+        outcome,
+        Exit.fail((serialLog) =>
+          new VcpuRuntimeFailure({ operation: "run", detail: describeFailure(reason), failure: reason, serialLog })
         )
-    }
+      )
   }
+}
 
 const serialLog = (services: Context.Context<never>): ReadonlyArray<string> => {
   const serial = Context.getOption(services, SerialPort)
@@ -434,22 +431,31 @@ const runIncarnation = (
     if (Cause.hasInterruptsOnly(cause)) return
     const error = Cause.squash(cause)
     const detail = `${what} died: ${error instanceof Error ? error.message : String(error)}`
-    Deferred.doneUnsafe(outcome, Exit.fail(new InternalError({ operation: "run", detail })))
+    Deferred.doneUnsafe(outcome, Exit.fail(() => new InternalError({ operation: "run", detail })))
   }
   const supervise = <E>(what: string, effect: Effect.Effect<void, E>): Effect.Effect<void, never, Scope.Scope> =>
     Effect.forkScoped(Effect.onExit(effect, (exit) =>
       Effect.sync(() => {
         if (Exit.isFailure(exit)) die(what)(exit.cause)
       })))
-  const live = Effect.gen(function*() {
-    for (const actor of actors) yield* supervise(actor.device.name, runDevice(actor, outcome, services))
+  const runVcpus = Effect.gen(function*() {
     const vcpus: Array<Vcpu> = []
     for (let id = 0; id < config.cpus; id++) vcpus.push(yield* startFailure(vm.createVcpu(id), id))
     const boot = vcpus[0]
     if (boot !== undefined) yield* startFailure(boot.setState(plan.entry), 0)
     // The boot processor last: the others must be able to take its start-up interrupts.
-    for (const vcpu of vcpus.toReversed()) yield* supervise(`vCPU ${vcpu.id}`, runVcpu(vcpu, outcome, services))
-    return yield* Effect.mapError(Deferred.await(outcome), (reason) => new GuestError({ reason }))
+    for (const vcpu of vcpus.toReversed()) yield* supervise(`vCPU ${vcpu.id}`, runVcpu(vcpu, outcome))
+    return yield* Effect.result(Deferred.await(outcome))
+  })
+  const live = Effect.gen(function*() {
+    for (const actor of actors) yield* supervise(actor.device.name, runDevice(actor, outcome))
+    const ended = yield* Effect.scoped(runVcpus)
+    // No guest code runs any more. The devices still do what it told them last, or its last words would be lost.
+    for (const actor of actors) yield* actor.settled
+    return yield* Result.match(ended, {
+      onFailure: (reason) => fail(reason(serialLog(services))),
+      onSuccess: (stop) => Effect.succeed(stop)
+    })
   })
   return Scope.provide(live, scope).pipe(Effect.onExit((exit) => Scope.close(scope, exit)))
 }
@@ -462,51 +468,52 @@ const startFailure = <A, R>(effect: Effect.Effect<A, HypervisorError, R>, vcpu: 
 
 const runDevice = (
   actor: DeviceActor,
-  outcome: Deferred.Deferred<GuestStop, GuestErrorReason>,
-  services: Context.Context<never>
+  outcome: Outcome
 ): Effect.Effect<void> =>
   Effect.catch(actor.run, (escalated) =>
     Deferred.fail(
       outcome,
-      new VcpuRuntimeFailure({
-        operation: "run",
-        device: escalated.device,
-        detail: `the device failed and is not started again (started ${escalated.starts} times): ${escalated.detail}`,
-        serialLog: serialLog(services)
-      })
+      (serialLog) =>
+        new VcpuRuntimeFailure({
+          operation: "run",
+          device: escalated.device,
+          detail: `the device failed and is not started again (started ${escalated.starts} times): ${escalated.detail}`,
+          serialLog
+        })
     ))
 
 const runVcpu = (
   vcpu: Vcpu,
-  outcome: Deferred.Deferred<GuestStop, GuestErrorReason>,
-  services: Context.Context<never>
+  outcome: Outcome
 ): Effect.Effect<void> =>
   Effect.matchEffect(vcpu.run, {
     onFailure: (hypervisor) =>
       Deferred.fail(
         outcome,
-        new VcpuRuntimeFailure({
-          operation: "run",
-          vcpu: vcpu.id,
-          detail: `vCPU ${vcpu.id} could not go on`,
-          hypervisor,
-          serialLog: serialLog(services)
-        })
+        (serialLog) =>
+          new VcpuRuntimeFailure({
+            operation: "run",
+            vcpu: vcpu.id,
+            detail: `vCPU ${vcpu.id} could not go on`,
+            hypervisor,
+            serialLog
+          })
       ),
     onSuccess: (exit: VcpuExit) =>
       exit._tag === "Halted"
         ? Deferred.succeed(outcome, Halt.make({}))
         : Deferred.fail(
           outcome,
-          new VcpuRuntimeFailure({
-            operation: "run",
-            vcpu: vcpu.id,
-            detail: describeFailure(exit),
-            failure: exit,
-            serialLog: serialLog(services),
-            ...(exit._tag === "HypervisorInternalError" && exit.suberror === 1
-              ? { hint: "`troupe doctor` tells which instructions this host's KVM lacks" }
-              : {})
-          })
+          (serialLog) =>
+            new VcpuRuntimeFailure({
+              operation: "run",
+              vcpu: vcpu.id,
+              detail: describeFailure(exit),
+              failure: exit,
+              serialLog,
+              ...(exit._tag === "HypervisorInternalError" && exit.suberror === 1
+                ? { hint: "`troupe doctor` tells which instructions this host's KVM lacks" }
+                : {})
+            })
         )
   })
