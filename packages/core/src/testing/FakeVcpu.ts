@@ -455,9 +455,11 @@ export class FakeVcpu implements GuestCpu {
         }
         this.#redo = false
         if (this.#perform() !== "done") return
+        // What a device did with the access may have taken this vCPU out of the guest.
+        if (!this.#active) break
       }
       this.#phase = "ready"
-      this.#ready()
+      if (this.#active) this.#ready()
     } catch (defect) {
       if (!(defect instanceof BoundaryViolation)) {
         this.vm.world.violation(`vm${this.vm.number} vCPU ${this.id}: ${String(defect)}`)

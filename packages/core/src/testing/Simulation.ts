@@ -15,28 +15,14 @@
  * ```
  */
 import * as Cause from "effect/Cause"
-import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
-import type * as Fiber from "effect/Fiber"
-import * as Random from "effect/Random"
-import type * as Scheduler from "effect/Scheduler"
 import type * as Scope from "effect/Scope"
-import { BoundaryViolation } from "./FakeWorld.ts"
-import { Seed } from "./Seed.ts"
-import { SimulationClock } from "./SimulationClock.ts"
 import { SimulationControl, type SimulationParticipant } from "./SimulationControl.ts"
-import { formatEvent, Trace } from "./Trace.ts"
+import { type SimulationOptions, SimulationWorld } from "./SimulationWorld.ts"
+import { formatEvent, type Trace } from "./Trace.ts"
 
-/** What a simulation may choose. */
-export interface SimulationOptions {
-  /** Decides everything that is a matter of chance. Default: 0. */
-  readonly seed?: number
-  /** Number of scheduled tasks after which a simulation that has not ended is given up. Default: 1,000,000. */
-  readonly maxSteps?: number
-  /** Whether fibers are also preempted between their effects, where only a fiber that ran long would be. Default: true. */
-  readonly preempt?: boolean
-}
+export { type SimulationOptions, SimulationStuck, SimulationWorld } from "./SimulationWorld.ts"
 
 /** How a simulation went. */
 export interface SimulationResult<A, E> {
@@ -51,141 +37,18 @@ export interface SimulationResult<A, E> {
   readonly time: number
 }
 
-/** Nothing can run any more, and the effect has not ended. */
-export class SimulationStuck extends Error {
-  override readonly name = "SimulationStuck"
-  /** One line for each thing that waits. */
-  readonly waiting: ReadonlyArray<string>
-  constructor(why: string, waiting: ReadonlyArray<string>) {
-    const lines = waiting.length === 0
-      ? ["no fake and no label of it waits: it may wait for something outside, such as a promise or a real timer"]
-      : waiting
-    super(`${why}\n${lines.map((line) => `  ${line}`).join("\n")}`)
-    this.waiting = waiting
-  }
-}
-
-const DEFAULT_MAX_STEPS = 1_000_000
-/** Tasks that a given-up simulation may still use to close its scopes. */
-const CLOSING_STEPS = 100_000
-/** Longest run of a fiber in effects before it is preempted. */
-const PREEMPTION_LIMIT = 64
-/** The budget of a fiber that is not preempted: Effect's own default. */
-const DEFAULT_BUDGET = 2048
-
-/** Picks the next task by the seed. */
-class SeededScheduler implements Scheduler.Scheduler, Scheduler.SchedulerDispatcher {
-  readonly executionMode = "sync"
-  steps = 0
-  readonly #tasks: Array<() => void> = []
-  readonly #seed: Seed
-  readonly #preempt: boolean
-  #budget: number
-
-  constructor(seed: Seed, preempt: boolean) {
-    this.#seed = seed
-    this.#preempt = preempt
-    this.#budget = preempt ? 2 + seed.choose(PREEMPTION_LIMIT) : DEFAULT_BUDGET
-  }
-
-  shouldYield(fiber: Fiber.Fiber<unknown, unknown>): boolean {
-    if (fiber.currentOpCount < this.#budget) return false
-    if (this.#preempt) this.#budget = 2 + this.#seed.choose(PREEMPTION_LIMIT)
-    return true
-  }
-
-  makeDispatcher(): Scheduler.SchedulerDispatcher {
-    return this
-  }
-
-  scheduleTask(task: () => void): void {
-    this.#tasks.push(task)
-  }
-
-  flush(): void {
-    while (this.step());
-  }
-
-  /** Runs one task. Returns whether there was one. */
-  step(): boolean {
-    const tasks = this.#tasks
-    const last = tasks.pop()
-    if (last === undefined) return false
-    this.steps++
-    const choice = this.#seed.choose(tasks.length + 1)
-    const task = tasks[choice] ?? last
-    if (choice < tasks.length) tasks[choice] = last
-    task()
-    return true
-  }
-}
+/** A world to be driven by hand: for tests that do one thing after the other, such as model-based ones. */
+export const make = (options: SimulationOptions = {}): SimulationWorld => new SimulationWorld(options)
 
 /** Runs an effect to its end. Synchronous; never hangs. */
 export const run = <A, E>(
   effect: Effect.Effect<A, E, Scope.Scope>,
   options: SimulationOptions = {}
 ): SimulationResult<A, E> => {
-  const seedNumber = options.seed ?? 0
-  const seed = new Seed(seedNumber)
-  const scheduler = new SeededScheduler(seed, options.preempt ?? true)
-  const clock = new SimulationClock()
-  const trace = new Trace()
-  const participants = new Set<SimulationParticipant>()
-  const control: SimulationControl = {
-    trace,
-    pause: () => (seed.next() & 3) === 0,
-    choose: seed.choose,
-    join: (participant) => {
-      participants.add(participant)
-    },
-    leave: (participant) => {
-      participants.delete(participant)
-    }
-  }
-  const fiber = Effect.runFork(
-    Effect.scoped(effect).pipe(
-      Effect.provideService(Clock.Clock, clock),
-      Effect.provideService(SimulationControl, control),
-      Random.withSeed(seedNumber)
-    ),
-    { scheduler }
-  )
-  let limit = options.maxSteps ?? DEFAULT_MAX_STEPS
-  /** Runs until the effect has ended (then until nothing is left to do), or the limit, or a standstill. */
-  const drive = (): void => {
-    while (scheduler.steps < limit) {
-      if (scheduler.step()) continue
-      if (fiber.pollUnsafe() !== undefined || !clock.advance()) return
-    }
-  }
-  drive()
-  let failure: Error | undefined
-  if (fiber.pollUnsafe() === undefined) {
-    const waiting = Array.from(participants).flatMap((participant) => participant.waiting())
-    failure = new SimulationStuck(
-      scheduler.steps >= limit
-        ? `the simulation has not ended after ${scheduler.steps} steps, at ${clock.currentTimeMillisUnsafe()} ms`
-        : `nothing can run any more at ${clock.currentTimeMillisUnsafe()} ms`,
-      waiting
-    )
-    limit = scheduler.steps + CLOSING_STEPS
-    fiber.interruptUnsafe()
-    drive()
-    if (fiber.pollUnsafe() === undefined) {
-      failure = new SimulationStuck(`${failure.message}\nand it cannot be interrupted`, [])
-    }
-  }
-  const violations = new Set(Array.from(participants).flatMap((participant) => participant.violations()))
-  if (failure === undefined && violations.size > 0) {
-    failure = new BoundaryViolation(Array.from(violations).join("\n"))
-  }
-  return {
-    exit: failure === undefined ? fiber.pollUnsafe() ?? Exit.die("the simulation has no end") : Exit.die(failure),
-    seed: seedNumber,
-    trace,
-    steps: scheduler.steps,
-    time: clock.currentTimeMillisUnsafe()
-  }
+  const world = new SimulationWorld(options)
+  const exit = world.run(effect)
+  world.settle()
+  return { exit, seed: world.seed, trace: world.trace, steps: world.steps, time: world.time }
 }
 
 /** Names what a fiber is doing meanwhile, for the report of a simulation that is stuck. Outside a simulation it does nothing. */
