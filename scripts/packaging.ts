@@ -96,7 +96,7 @@ const useThem = async (folder: string, archives: ReadonlyArray<string>): Promise
     JSON.stringify({
       compilerOptions: {
         target: "es2024",
-        lib: ["es2024", "esnext.disposable"],
+        lib: ["es2024", "dom", "dom.iterable", "esnext.disposable"],
         module: "nodenext",
         strict: true,
         exactOptionalPropertyTypes: true,
