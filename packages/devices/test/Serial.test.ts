@@ -195,7 +195,7 @@ describe("Serial registers", () => {
     )
     fc.assert(
       fc.property(
-        fc.array(operation, { maxLength: 60 }),
+        fc.array(operation, { maxLength: 60, size: "max" }),
         (operations) =>
           Effect.runSync(Effect.scoped(Effect.gen(function*() {
             const { harness, port } = yield* started
