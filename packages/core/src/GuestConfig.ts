@@ -185,19 +185,27 @@ const rule = (field: string, text: string, value: unknown): ConfigIssue => ({ fi
 
 const isPowerOfTwo = (value: number): boolean => value > 0 && Number.isInteger(Math.log2(value))
 
+const memoryBytes = (value: number | string): number | undefined =>
+  typeof value === "string" ? parseBytes(value) : value
+
+const checkMemory = (value: number | string): ReadonlyArray<ConfigIssue> => {
+  const bytes = memoryBytes(value)
+  if (bytes === undefined) {
+    return [rule("guestMemory", "must be a number of bytes, or digits with one of b, k, M, G", value)]
+  }
+  return bytes < GUEST_MEMORY_MIN || bytes > GUEST_MEMORY_MAX
+    ? [rule("guestMemory", "must be from 2 MiB to 512 GiB", value)]
+    : []
+}
+
 /** What the Schema cannot say: rules between fields, and devices that do not exist yet. */
-const checkRules = (config: typeof GuestConfig.Type, bytes: number | undefined): Array<ConfigIssue> => {
-  const issues: Array<ConfigIssue> = []
+const checkRules = (config: typeof GuestConfig.Type): Array<ConfigIssue> => {
+  const issues: Array<ConfigIssue> = [...checkMemory(config.guestMemory)]
   if (config.kernelType === "ZIRCON") {
     issues.push(rule("kernelType", "must be LINUX: the Zircon loader does not exist yet", "ZIRCON"))
   }
   if (config.dtbOverlay !== undefined) {
     issues.push(rule("dtbOverlay", "must be absent: device-tree overlays do not exist yet", config.dtbOverlay))
-  }
-  if (bytes === undefined) {
-    issues.push(rule("guestMemory", "must be a number of bytes, or digits with one of b, k, M, G", config.guestMemory))
-  } else if (bytes < GUEST_MEMORY_MIN || bytes > GUEST_MEMORY_MAX) {
-    issues.push(rule("guestMemory", "must be from 2 MiB to 512 GiB", config.guestMemory))
   }
   for (const flag of DEVICE_FLAGS) {
     if (config[flag] && !EXISTING_DEVICES.has(flag)) {
@@ -239,11 +247,13 @@ export const decodeGuestConfig = (input: unknown): Result.Result<GuestConfig, Ba
       const path = (issue.path ?? []).map((segment) => typeof segment === "object" ? segment.key : segment)
       return rule(path.length === 0 ? "the configuration" : fieldPath(path), issue.message, valueAt(input, path))
     })
+    const memory = valueAt(input, ["guestMemory"])
+    if (typeof memory === "string") issues.push(...checkMemory(memory))
     return Result.fail(badConfig(issues))
   }
   const config = decoded.success
-  const bytes = typeof config.guestMemory === "string" ? parseBytes(config.guestMemory) : config.guestMemory
-  const issues = checkRules(config, bytes)
+  const issues = checkRules(config)
+  const bytes = memoryBytes(config.guestMemory)
   if (issues.length > 0 || bytes === undefined) return Result.fail(badConfig(issues))
   return Result.succeed({ ...config, guestMemory: Bytes.make(Math.ceil(bytes / PAGE_SIZE) * PAGE_SIZE) })
 }

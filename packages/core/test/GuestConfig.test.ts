@@ -76,6 +76,8 @@ describe("GuestConfig", () => {
     assert.deepStrictEqual(issues.map((issue) => issue.field).toSorted(), ["cpus", "guestMemory", "virtioRng"])
     for (const issue of issues) assert.isNotEmpty(issue.rule)
     assert.strictEqual(issues.find((issue) => issue.field === "cpus")?.value, "0")
+    const texts = issuesOf({ ...minimal, cpus: 0, guestMemory: "1K" })
+    assert.deepStrictEqual(texts.map((issue) => issue.field), ["cpus", "guestMemory"])
   })
 
   it.each(["kernelType", "kernel", "cpus", "guestMemory"])("requires %s", (field) => {

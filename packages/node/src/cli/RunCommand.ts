@@ -1,6 +1,5 @@
 /** `troupe run`: one guest on this host's KVM, its serial port on the terminal. */
-import { formatAddress } from "@troupe/core/GuestAddress"
-import { type GuestConfigInput, parseBytes } from "@troupe/core/GuestConfig"
+import type { GuestConfigInput } from "@troupe/core/GuestConfig"
 import type { GuestError } from "@troupe/core/GuestError"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
 import { MachinePolicy } from "@troupe/core/MachinePolicy"
@@ -106,11 +105,10 @@ const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: s
   const lifecycle = yield* GuestLifecycle
   const progress = yield* makeProgress(quiet)
   const started = yield* Clock.currentTimeMillis
-  const memory = typeof config.guestMemory === "string" ? parseBytes(config.guestMemory) : config.guestMemory
   yield* progress.line(
-    `creating a machine: ${config.cpus} vCPU${config.cpus === 1 ? "" : "s"}, memory ${config.guestMemory}${
-      memory === undefined ? "" : ` (to ${formatAddress(memory)})`
-    }, kernel ${kernel}`
+    `creating a machine: ${config.cpus} vCPU${
+      config.cpus === 1 ? "" : "s"
+    }, memory ${config.guestMemory}, kernel ${kernel}`
   )
   const result = yield* Effect.gen(function*() {
     yield* lifecycle.create(config)
