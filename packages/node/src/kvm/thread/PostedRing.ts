@@ -29,7 +29,7 @@ const SIZE_BITS = 2
 /** One thread's face of a ring. The last entry that {@link PostedRing.peek} found is in its fields. */
 export class PostedRing {
   readonly words: Int32Array<SharedArrayBuffer>
-  /** Number of entries, a power of two. */
+  /** Number of entries, a power of two and at least 2: with one slot, "published" and "free again" would be the same number. */
   readonly capacity: number
   /** Index of the range in its bus. */
   range = 0
@@ -45,7 +45,7 @@ export class PostedRing {
     this.capacity = (this.words.length - HEADER_WORDS) / SLOT_WORDS
   }
 
-  /** Shared memory for an empty ring; `capacity` is a power of two. */
+  /** Shared memory for an empty ring; `capacity` is a power of two, at least 2. `start` is the first entry's number. */
   static allocate(capacity: number, start = 0): SharedArrayBuffer {
     const buffer = new SharedArrayBuffer((HEADER_WORDS + capacity * SLOT_WORDS) * 4)
     const words = new Int32Array(buffer)
