@@ -3,6 +3,7 @@ import * as Result from "effect/Result"
 import { IO_APIC_ADDRESS, VIRTIO_MMIO_ADDRESS } from "./boot/MachineLayout.ts"
 import type { BusRange } from "./Bus.ts"
 import { type Device, DeviceFailure, type DevicePlacement } from "./Device.ts"
+import { DeviceInitializationFailure } from "./GuestError.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
 
 /** The first interrupt that is given to a device which asks for any: those below belong to the timer and legacy devices. */
@@ -90,3 +91,12 @@ export const placeDevices = (
 
 const refuse = (device: Device, detail: string, hint: string): Result.Result<never, DeviceFailure> =>
   Result.fail(new DeviceFailure({ device: device.name, detail, hint }))
+
+/** A device that has no place in its machine, as a guest's reason. */
+export const deviceInitializationFailure = (failure: DeviceFailure): DeviceInitializationFailure =>
+  new DeviceInitializationFailure({
+    operation: "create",
+    device: failure.device,
+    detail: failure.detail,
+    ...(failure.hint === undefined ? {} : { hint: failure.hint })
+  })

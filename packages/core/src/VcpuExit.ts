@@ -49,3 +49,23 @@ export const GuestFailure = Schema.Union([
 ])
 /** A guest failure as a report. */
 export type GuestFailure = typeof GuestFailure.Type
+
+/** What happened, in a clause. */
+export const describeFailure = (failure: GuestFailure): string => {
+  switch (failure._tag) {
+    case "GuestPanic":
+      return "the guest's kernel panicked"
+    case "TripleFault":
+      return "the guest caused a triple fault"
+    case "HypervisorInternalError":
+      return failure.suberror === 1
+        ? "the hypervisor could not emulate an instruction of the guest"
+        : "the hypervisor gave up with an internal error"
+    case "EntryFailed":
+      return "the processor refused to enter the guest"
+    case "UnknownExit":
+      return "the vCPU left the guest for a reason that is not handled"
+    case "Halted":
+      return "the guest halted with interrupts off"
+  }
+}
