@@ -30,8 +30,14 @@ import {
 const DRAIN_LIMIT = 4096
 /** Rounds of drain and calls in one turn at most: a vCPU whose calls are answered at once can make the next within the turn. */
 const ROUND_LIMIT = 16
-/** How long after a drain the host looks for more posted writes by itself, in milliseconds. */
+/**
+ * How long after a drain the host looks for more posted writes by itself, in milliseconds: doubled up to the limit while a guest
+ * writes without pause, for each look costs the guest's core a share of its speed. A full half of the ring wakes the host before.
+ */
 const LAZY_DELAY_MS = 1
+const LAZY_DELAY_LIMIT_MS = 8
+/** A look that finds more than this belongs to a guest that waits for nothing. One that waits for an interrupt after each FIFO of 16 bytes does not. */
+const STEADY_WRITES = 48
 /** How long the host waits before it offers a refused posted write again, in milliseconds: doubled up to the limit. */
 const RETRY_DELAY_MS = 1
 const RETRY_DELAY_LIMIT_MS = 16
@@ -66,6 +72,7 @@ export class AccessDispatcher {
   #timer: NodeJS.Timeout | undefined
   #immediate = false
   #refused = 0
+  #lazyDelay = LAZY_DELAY_MS
   #closed = false
 
   constructor(ring: PostedRing, handlers: BusHandlers, onDefect: DefectHandler) {
@@ -148,6 +155,7 @@ export class AccessDispatcher {
       if (round === ROUND_LIMIT) return this.#again()
     }
     const lazy = posted > 0 || this.#refused > 0
+    this.#lazyDelay = posted > STEADY_WRITES ? Math.min(this.#lazyDelay * 2, LAZY_DELAY_LIMIT_MS) : LAZY_DELAY_MS
     Atomics.store(words, RING_HOST_STATE, lazy ? HOST_LAZY : HOST_ASLEEP)
     // Whoever published something before this store relied on the host being awake.
     if (this.#hasCall() || (!lazy && this.#ring.used > 0)) return this.#again()
@@ -167,7 +175,7 @@ export class AccessDispatcher {
 
   #later(): void {
     const delay = this.#refused === 0
-      ? LAZY_DELAY_MS
+      ? this.#lazyDelay
       : Math.min(RETRY_DELAY_MS * 2 ** (this.#refused - 1), RETRY_DELAY_LIMIT_MS)
     this.#timer = setTimeout(this.turn, delay)
   }
