@@ -7,6 +7,7 @@ import { VcpuThreads } from "@troupe/node/kvm/VcpuThreads"
 import { Cause, Effect, Exit, Fiber } from "effect"
 import { kvmObstacle, onKvm } from "./support.ts"
 import {
+  asm,
   CONTROL,
   dword,
   END,
@@ -29,14 +30,14 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
     it.effect("delivers posted writes in order and with their size", () =>
       Effect.gen(function*() {
         const machine = yield* tinyMachine({
-          code: [
-            ...[0xba, ...word(SERIAL)], // mov dx, SERIAL
-            ...[0xb0, 0x48, 0xee], // mov al, 'H'; out dx, al
-            ...[0xb8, ...word(0x1234), 0xef], // mov ax, 0x1234; out dx, ax
-            ...[0x66, 0xb8, ...dword(0xfedc_ba98), 0x66, 0xef], // mov eax, ...; out dx, eax
-            ...[0x42, 0xee], // inc dx; out dx, al
-            ...END
-          ]
+          code: asm(
+            [0xba, ...word(SERIAL)], // mov dx, SERIAL
+            [0xb0, 0x48, 0xee], // mov al, 'H'; out dx, al
+            [0xb8, ...word(0x1234), 0xef], // mov ax, 0x1234; out dx, ax
+            [0x66, 0xb8, ...dword(0xfedc_ba98), 0x66, 0xef], // mov eax, ...; out dx, eax
+            [0x42, 0xee], // inc dx; out dx, al
+            END
+          )
         })
         yield* machine.runToEnd
         assert.deepStrictEqual(machine.events, [
@@ -50,14 +51,14 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
     it.effect("answers shadowed reads without a call, and invalid ones with a call", () =>
       Effect.gen(function*() {
         const machine = yield* tinyMachine({
-          code: [
-            ...[0xba, ...word(SERIAL + 5)], // mov dx, SERIAL + 5
-            ...[0xec, 0xe6, 0x80, 0xbb, 0, 0], // in al, dx; out 0x80, al (nobody); mov bx, 0
-            ...[0x88, 0xc3], // mov bl, al
-            ...[0xed, 0x89, 0xc1], // in ax, dx; mov cx, ax
-            ...[0x4a, 0xec], // dec dx; in al, dx
-            ...HALT
-          ],
+          code: asm(
+            [0xba, ...word(SERIAL + 5)], // mov dx, SERIAL + 5
+            [0xec, 0xe6, 0x80, 0xbb, 0, 0], // in al, dx; out 0x80, al (nobody); mov bx, 0
+            [0x88, 0xc3], // mov bl, al
+            [0xed, 0x89, 0xc1], // in ax, dx; mov cx, ax
+            [0x4a, 0xec], // dec dx; in al, dx
+            HALT
+          ),
           handlers: {
             call: (_range, offset, size, isWrite, _value, reply) => {
               assert.deepStrictEqual([offset, size, isWrite], [4, 1, false])
@@ -83,13 +84,13 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         const order: Array<string> = []
         const replies: Array<CallReply> = []
         const machine = yield* tinyMachine({
-          code: [
-            ...[0xba, ...word(SERIAL), 0xb0, 0x31, 0xee], // out SERIAL, '1'
-            ...[0xba, ...word(CONTROL + 2), 0xed], // in ax, CONTROL + 2
-            ...[0xba, ...word(SERIAL), 0xee], // out SERIAL, al
-            ...[0xba, ...word(CONTROL + 1), 0xee], // out CONTROL + 1, al
-            ...HALT
-          ],
+          code: asm(
+            [0xba, ...word(SERIAL), 0xb0, 0x31, 0xee], // out SERIAL, '1'
+            [0xba, ...word(CONTROL + 2), 0xed], // in ax, CONTROL + 2
+            [0xba, ...word(SERIAL), 0xee], // out SERIAL, al
+            [0xba, ...word(CONTROL + 1), 0xee], // out CONTROL + 1, al
+            HALT
+          ),
           handlers: {
             posted: (_range, _offset, _size, value) => {
               order.push(`posted 0x${value.toString(16)}`)
@@ -115,10 +116,10 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         let attempts = 0
         const text: Array<number> = []
         const machine = yield* tinyMachine({
-          code: [
-            ...[0xba, ...word(SERIAL), 0xb0, 0x21, 0xee, 0xee], // out SERIAL, '!' twice
-            ...[0x0f, 0x3f] // no instruction of any processor
-          ],
+          code: asm(
+            [0xba, ...word(SERIAL), 0xb0, 0x21, 0xee, 0xee], // out SERIAL, '!' twice
+            [0x0f, 0x3f] // no instruction of any processor
+          ),
           // The device has no room at first.
           handlers: { posted: (_range, _offset, _size, value) => attempts++ >= 3 && text.push(value) > 0 }
         })
@@ -133,12 +134,12 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         let refusals = 200
         const seen: Array<number> = []
         const machine = yield* tinyMachine({
-          code: [
-            ...[0xba, ...word(SERIAL), 0xb9, ...word(count)], // mov dx, SERIAL; mov cx, count
-            ...[0x89, 0xc8, 0xef, 0xe2, 0xfb], // again: mov ax, cx; out dx, ax; loop again
-            ...[0xba, ...word(CONTROL), 0xec], // in al, CONTROL
-            ...END
-          ],
+          code: asm(
+            [0xba, ...word(SERIAL), 0xb9, ...word(count)], // mov dx, SERIAL; mov cx, count
+            [0x89, 0xc8, 0xef, 0xe2, 0xfb], // again: mov ax, cx; out dx, ax; loop again
+            [0xba, ...word(CONTROL), 0xec], // in al, CONTROL
+            END
+          ),
           handlers: {
             posted: (_range, _offset, _size, value) => {
               // Refuses now and then, most of all at the start.
@@ -160,13 +161,13 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
       Effect.gen(function*() {
         let next = 0
         const machine = yield* tinyMachine({
-          code: [
-            ...[0xfc, 0xbe, ...word(0x1000), 0xba, ...word(SERIAL), 0xb9, ...word(4)], // cld; si = ENTRY; dx; cx = 4
-            ...[0xf3, 0x6e], // rep outsb
-            ...[0xbf, ...word(0x2000), 0xba, ...word(CONTROL), 0xb9, ...word(3)], // di = 0x2000; dx; cx = 3
-            ...[0xf3, 0x6d], // rep insw
-            ...END
-          ],
+          code: asm(
+            [0xfc, 0xbe, ...word(0x1000), 0xba, ...word(SERIAL), 0xb9, ...word(4)], // cld; si = ENTRY; dx; cx = 4
+            [0xf3, 0x6e], // rep outsb
+            [0xbf, ...word(0x2000), 0xba, ...word(CONTROL), 0xb9, ...word(3)], // di = 0x2000; dx; cx = 3
+            [0xf3, 0x6d], // rep insw
+            END
+          ),
           handlers: {
             call: (_range, _offset, size, _isWrite, _value, reply) => {
               assert.strictEqual(size, 2)
@@ -186,13 +187,13 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
       Effect.gen(function*() {
         const machine = yield* tinyMachine({
           state: flatMode,
-          code: [
-            ...[0x66, 0xba, ...word(0x700), 0xed, 0x89, 0xc3, 0xef], // mov dx, 0x700; in eax, dx; mov ebx, eax; out dx, eax
-            ...[0x66, 0xba, ...word(CONTROL + 6), 0xed], // in eax, CONTROL + 6: begins in a range and leaves it
-            ...[0x8b, 0x0d, ...dword(0xe000_0000)], // mov ecx, [0xe0000000]
-            ...[0x89, 0x0d, ...dword(0xe000_0000)], // mov [0xe0000000], ecx
-            ...HALT
-          ]
+          code: asm(
+            [0x66, 0xba, ...word(0x700), 0xed, 0x89, 0xc3, 0xef], // mov dx, 0x700; in eax, dx; mov ebx, eax; out dx, eax
+            [0x66, 0xba, ...word(CONTROL + 6), 0xed], // in eax, CONTROL + 6: begins in a range and leaves it
+            [0x8b, 0x0d, ...dword(0xe000_0000)], // mov ecx, [0xe0000000]
+            [0x89, 0x0d, ...dword(0xe000_0000)], // mov [0xe0000000], ecx
+            HALT
+          )
         })
         const exit = yield* machine.vcpu.run
         if (exit._tag !== "Halted") return assert.fail(exit._tag)
@@ -209,13 +210,13 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
             range({ space: "mmio", base: WINDOW, size: 0x100 }),
             range({ space: "mmio", base: WINDOW + 0x1000, size: 0x100, write: "posted" })
           ],
-          code: [
-            ...[0xbb, ...dword(WINDOW)], // mov ebx, WINDOW
-            ...[0x48, 0x8b, 0x43, 0x10], // mov rax, [rbx + 0x10]
-            ...[0x48, 0x89, 0x43, 0x20], // mov [rbx + 0x20], rax
-            ...[0x48, 0x89, 0x83, ...dword(0x1008)], // mov [rbx + 0x1008], rax
-            ...HALT
-          ],
+          code: asm(
+            [0xbb, ...dword(WINDOW)], // mov ebx, WINDOW
+            [0x48, 0x8b, 0x43, 0x10], // mov rax, [rbx + 0x10]
+            [0x48, 0x89, 0x43, 0x20], // mov [rbx + 0x20], rax
+            [0x48, 0x89, 0x83, ...dword(0x1008)], // mov [rbx + 0x1008], rax
+            HALT
+          ),
           handlers: {
             call: (_range, offset, size, isWrite, value, reply) => {
               machine.events.push(`${isWrite ? "write" : "read"} +${offset}/${size} 0x${value.toString(16)}`)
@@ -244,13 +245,13 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
             range({ space: "mmio", base: WINDOW + 0x1000, size: 0x1000, read: "register-page" }),
             range({ space: "mmio", base: WINDOW, size: 0x1000, read: "register-page" })
           ],
-          code: [
-            ...[0xa1, ...dword(WINDOW), 0x89, 0xc3], // mov eax, [WINDOW]; mov ebx, eax
-            ...[0xa1, ...dword(WINDOW + 0x1ffc), 0x89, 0xc1], // mov eax, [WINDOW + 0x1ffc]; mov ecx, eax
-            ...[0xa3, ...dword(WINDOW + 0x10)], // mov [WINDOW + 0x10], eax
-            ...[0xa1, ...dword(WINDOW + 0x10)], // mov eax, [WINDOW + 0x10]: the page, not what was written
-            ...HALT
-          ]
+          code: asm(
+            [0xa1, ...dword(WINDOW), 0x89, 0xc3], // mov eax, [WINDOW]; mov ebx, eax
+            [0xa1, ...dword(WINDOW + 0x1ffc), 0x89, 0xc1], // mov eax, [WINDOW + 0x1ffc]; mov ecx, eax
+            [0xa3, ...dword(WINDOW + 0x10)], // mov [WINDOW + 0x10], eax
+            [0xa1, ...dword(WINDOW + 0x10)], // mov eax, [WINDOW + 0x10]: the page, not what was written
+            HALT
+          )
         })
         machine.backings[1]?.page?.setUint32(0, 0x7472_6976, true)
         machine.backings[0]?.page?.setUint32(0xffc, 0xfeed_f00d, true)
@@ -276,14 +277,14 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
             }),
             range({ base: 0x600, doorbells: [{ offset: 2, size: 2 }] })
           ],
-          code: [
-            ...[0xb8, ...dword(1), 0xa3, ...dword(WINDOW + 0x50)], // [WINDOW + 0x50] = 1: rings
-            ...[0xb0, 2, 0xa3, ...dword(WINDOW + 0x50)], // [WINDOW + 0x50] = 2: another value
-            ...[0xa2, ...dword(WINDOW + 0x64)], // byte [WINDOW + 0x64] = 2: another width
-            ...[0x66, 0xba, ...word(0x602), 0x66, 0xef], // out 0x602, ax: rings
-            ...[0xa3, ...dword(WINDOW + 0x64)], // [WINDOW + 0x64] = 2: rings
-            ...HALT
-          ]
+          code: asm(
+            [0xb8, ...dword(1), 0xa3, ...dword(WINDOW + 0x50)], // [WINDOW + 0x50] = 1: rings
+            [0xb0, 2, 0xa3, ...dword(WINDOW + 0x50)], // [WINDOW + 0x50] = 2: another value
+            [0xa2, ...dword(WINDOW + 0x64)], // byte [WINDOW + 0x64] = 2: another width
+            [0x66, 0xba, ...word(0x602), 0x66, 0xef], // out 0x602, ax: rings
+            [0xa3, ...dword(WINDOW + 0x64)], // [WINDOW + 0x64] = 2: rings
+            HALT
+          )
         })
         assert.strictEqual((yield* machine.vcpu.run)._tag, "Halted")
         assert.sameMembers(machine.events, [
@@ -303,20 +304,21 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         })
         const machine = yield* tinyMachine({
           state: realModeWithVectors,
-          code: [
+          lines: [4],
+          code: asm(
             // 8259: ICW1..4 with vectors from 0x20, then all inputs masked but 4
-            ...[0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x01, 0xe6, 0x21],
-            ...[0xb0, 0xef, 0xe6, 0x21],
-            ...[0xba, ...word(SERIAL), 0xb0, 0x72, 0xee], // out SERIAL, 'r'
-            ...[0xb3, 0], // mov bl, 0
-            ...[0xfb, 0xf4, 0x80, 0xfb, 3, 0x75, 0xf9], // wait: sti; hlt; cmp bl, 3; jne wait
-            ...HALT
-          ],
+            [0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x01, 0xe6, 0x21],
+            [0xb0, 0xef, 0xe6, 0x21],
+            [0xba, ...word(SERIAL), 0xb0, 0x72, 0xee], // out SERIAL, 'r'
+            [0xb3, 0], // mov bl, 0
+            [0xfb, 0xf4, 0x80, 0xfb, 3, 0x75, 0xf9], // wait: sti; hlt; cmp bl, 3; jne wait
+            HALT
+          ),
           handlers: {
             posted: (_range, _offset, _size, value) => {
               machine.events.push(String.fromCharCode(value))
               ready()
-              if (value === 0x69) setImmediate(line.trigger)
+              if (value === 0x69) setImmediate(trigger)
               return true
             }
           }
@@ -324,10 +326,10 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         // The handler: inc bl; mov al, 'i'; out dx, al; end of interrupt; iret
         machine.memory.bytes.set([0xfe, 0xc3, 0xb0, 0x69, 0xee, 0xb0, 0x20, 0xe6, 0x20, 0xcf], 0x2000)
         machine.memory.view.setUint16(0x24 * 4, 0x2000, true)
-        const line = yield* machine.vm.interruptLine(4)
+        const trigger = () => machine.lines[0]?.trigger()
         const fiber = yield* Effect.forkScoped(machine.vcpu.run)
         yield* Effect.promise(() => started)
-        line.trigger()
+        trigger()
         assert.strictEqual((yield* Fiber.join(fiber))._tag, "Halted")
         assert.deepStrictEqual(machine.events, ["r", "i", "i", "i"])
       }))
@@ -367,11 +369,11 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
       Effect.gen(function*() {
         const dying = yield* tinyMachine({ code: [0x0f, 0x3f] })
         const living = yield* tinyMachine({
-          code: [
-            ...[0xba, ...word(CONTROL), 0xec, 0x84, 0xc0, 0x74, 0xfb], // again: in al, CONTROL; test al, al; jz again
-            ...[0xba, ...word(SERIAL), 0xee],
-            ...END
-          ],
+          code: asm(
+            [0xba, ...word(CONTROL), 0xec, 0x84, 0xc0, 0x74, 0xfb], // again: in al, CONTROL; test al, al; jz again
+            [0xba, ...word(SERIAL), 0xee],
+            END
+          ),
           handlers: { call: (_range, _offset, _size, _isWrite, _value, reply) => reply.complete(died ? 0x79 : 0) }
         })
         let died = false
@@ -404,21 +406,24 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         const machine = yield* tinyMachine({
           state: flatMode,
           vcpus: 2,
-          code: [
-            ...[0x66, 0xba, ...word(SERIAL), 0xb0, 0x30, 0xee], // out SERIAL, '0'
-            ...[0xc7, 0x05, ...dword(0xfee0_0310), ...dword(0x0100_0000)], // ICR high: to APIC ID 1
-            ...[...icr(0x4500), ...icr(0x4602)], // INIT; start-up at 0x2000
+          code: asm(
+            [0x66, 0xba, ...word(SERIAL), 0xb0, 0x30, 0xee], // out SERIAL, '0'
+            [0xc7, 0x05, ...dword(0xfee0_0310), ...dword(0x0100_0000)], // ICR high: to APIC ID 1
+            [...icr(0x4500), ...icr(0x4602)], // INIT; start-up at 0x2000
             // wait: mov al, [0x3000]; test al, al; jz wait
-            ...[0xa0, ...dword(0x3000), 0x84, 0xc0, 0x74, 0xf7],
-            ...[0xb0, 0x32, 0xee], // out SERIAL, '2'
-            ...HALT
-          ]
+            [0xa0, ...dword(0x3000), 0x84, 0xc0, 0x74, 0xf7],
+            [0xb0, 0x32, 0xee], // out SERIAL, '2'
+            HALT
+          )
         })
-        machine.memory.bytes.set([
-          ...[0xba, ...word(SERIAL), 0xb0, 0x31, 0xee], // out SERIAL, '1'
-          ...[0x31, 0xc0, 0x8e, 0xd8, 0xb0, 1, 0xa2, ...word(0x3000)], // ds = 0; byte [0x3000] = 1
-          ...HALT
-        ], 0x2000)
+        machine.memory.bytes.set(
+          asm(
+            [0xba, ...word(SERIAL), 0xb0, 0x31, 0xee], // out SERIAL, '1'
+            [0x31, 0xc0, 0x8e, 0xd8, 0xb0, 1, 0xa2, ...word(0x3000)], // ds = 0; byte [0x3000] = 1
+            HALT
+          ),
+          0x2000
+        )
         const exits = yield* Effect.all(machine.vcpus.map((vcpu) => vcpu.run), { concurrency: "unbounded" })
         assert.deepStrictEqual(exits.map((exit) => exit._tag), ["Halted", "Halted"])
         assert.strictEqual(machine.text(), "012")
@@ -461,12 +466,12 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         const machine = yield* tinyMachine({
           state: realMode,
           ranges: [...PORTS, range({ base: 0x600, doorbells: [{ offset: 0, size: 1 }] })],
-          code: [
-            ...[0xba, ...word(SERIAL + 5), 0xec, 0xba, ...word(SERIAL), 0xee], // in al, SERIAL + 5; out SERIAL, al
-            ...[0xba, ...word(0x600), 0xee], // out 0x600, al
-            ...[0xba, ...word(CONTROL), 0xec], // in al, CONTROL
-            ...END
-          ]
+          code: asm(
+            [0xba, ...word(SERIAL + 5), 0xec, 0xba, ...word(SERIAL), 0xee], // in al, SERIAL + 5; out SERIAL, al
+            [0xba, ...word(0x600), 0xee], // out 0x600, al
+            [0xba, ...word(CONTROL), 0xec], // in al, CONTROL
+            END
+          )
         })
         machine.backings[0]?.shadow?.fill(0x6b)
         yield* machine.runToEnd

@@ -95,6 +95,8 @@ const writePageTables = (view: DataView): void => {
   }
 }
 
+/** Instructions, one after the other. */
+export const asm = (...instructions: ReadonlyArray<ReadonlyArray<number>>): ReadonlyArray<number> => instructions.flat()
 /** The low and the high byte of a 16-bit number, for instructions. */
 export const word = (value: number): ReadonlyArray<number> => [value & 0xff, value >>> 8]
 /** The four bytes of a 32-bit number, for instructions. */
@@ -136,6 +138,8 @@ export interface TinyOptions {
   readonly ranges?: ReadonlyArray<BusRange>
   readonly handlers?: Partial<BusHandlers>
   readonly vcpus?: number
+  /** Interrupt inputs to make. */
+  readonly lines?: ReadonlyArray<number>
 }
 
 /** A machine with one region of RAM, the code, a bus and vCPUs that have not run. Unhandled calls are answered with 0. */
@@ -172,6 +176,7 @@ export const tinyMachine = Effect.fnUntraced(function*(options: TinyOptions) {
       return true
     }
   })
+  const lines = yield* Effect.forEach(options.lines ?? [], vm.interruptLine)
   const vcpus = []
   for (let id = 0; id < (options.vcpus ?? 1); id++) vcpus.push(yield* vm.createVcpu(id))
   const vcpu = vcpus[0]
@@ -181,6 +186,7 @@ export const tinyMachine = Effect.fnUntraced(function*(options: TinyOptions) {
     vm,
     memory,
     backings,
+    lines,
     vcpu,
     vcpus,
     /** What the handlers saw, in order. */

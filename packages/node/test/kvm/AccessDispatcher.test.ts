@@ -115,7 +115,7 @@ describe("AccessDispatcher", () => {
       posted: () => true,
       call: (_range, _offset, _size, _isWrite, _value, reply) => replies.push(reply),
       doorbell: () => {}
-    }, assert.fail)
+    }, () => assert.fail("no handler throws"))
     const control = makeControl()
     dispatcher.add(control)
     makeCall(control, ring, 0)
