@@ -40,6 +40,8 @@ export interface Doorbell {
   readonly size: 1 | 2 | 4
   /** When given, only a write of this value rings; other values reach the range's `write`. */
   readonly value?: number
+  /** `false` when nobody has to know: the write is absorbed, and the device is not woken. Default: `true`. */
+  readonly wakes?: boolean
 }
 
 /** A range of addresses of one device, and how accesses to it are served. */

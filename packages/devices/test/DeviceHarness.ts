@@ -110,7 +110,7 @@ export class DeviceHarness {
       doorbell.offset === offset && doorbell.size === size && (doorbell.value === undefined || doorbell.value === value)
     )
     if (bell >= 0) {
-      this.doorbells.add(`${range}:${bell}`)
+      if (request.doorbells?.[bell]?.wakes !== false) this.doorbells.add(`${range}:${bell}`)
     } else if (request.write === "posted") {
       this.#posted.push(() => this.behaviour.write(range, offset, size, value))
     } else {

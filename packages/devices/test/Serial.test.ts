@@ -232,7 +232,7 @@ describe("Serial line", () => {
       send(harness, "early ")
       const read = Effect.map(
         Stream.runCollect(port.output),
-        (chunks) => new TextDecoder().decode(Uint8Array.from(chunks.flatMap((chunk) => [...chunk])))
+        (chunks) => new TextDecoder().decode(Buffer.concat(chunks))
       )
       const first = yield* Effect.forkChild(read, { startImmediately: true })
       send(harness, "middle ")

@@ -93,7 +93,7 @@ export class FakeBus {
   /** Rings a doorbell: its handler is called later, once for all rings until then. */
   ring(vm: number, now: () => number, range: number, doorbell: number): void {
     const key = range * DOORBELLS_PER_RANGE + doorbell
-    if (this.#rung.has(key)) return
+    if (this.#rung.has(key) || this.bus.ranges[range]?.doorbells[doorbell]?.wakes === false) return
     this.#rung.add(key)
     this.#schedule(() => {
       this.#rung.delete(key)

@@ -1,4 +1,8 @@
 /** The deterministic fake: a hypervisor, guest programs, faults, traces and simulations for tests. See `docs/testing.md`. */
+export * as HostileVirtioDriver from "./drivers/HostileVirtioDriver.ts"
+export * as SerialDriver from "./drivers/SerialDriver.ts"
+export * as SplitQueueDriver from "./drivers/SplitQueueDriver.ts"
+export * as VirtioMmioDriver from "./drivers/VirtioMmioDriver.ts"
 export * as FakeHypervisor from "./FakeHypervisor.ts"
 export * as FaultPlan from "./FaultPlan.ts"
 export * as GuestAcpi from "./GuestAcpi.ts"

@@ -31,12 +31,12 @@ const REPORTS_WAITING_MAX = 4
 const REPORTS_MAX = 16
 
 /**
- * The doorbells: one for each queue, then the acknowledgement of an interrupt for used buffers alone. An acknowledgement that
- * includes a configuration change has another value and is a call, whose value is needed (see `MmioRegisters`).
+ * The doorbells: one for each queue, then the acknowledgement of an interrupt for used buffers alone, which nobody needs to
+ * know of. One that includes a configuration change has another value and is a call (see `MmioRegisters`).
  */
 const doorbellsOf = (device: VirtioDevice): ReadonlyArray<Doorbell> => [
   ...device.queueSizes.map((_, queue): Doorbell => ({ offset: Register.QueueNotify, size: 4, value: queue })),
-  { offset: Register.InterruptACK, size: 4, value: InterruptCause.USED_BUFFERS }
+  { offset: Register.InterruptACK, size: 4, value: InterruptCause.USED_BUFFERS, wakes: false }
 ]
 
 /** A virtio device behind virtio-mmio: one page of registers, one interrupt, one ACPI node. */

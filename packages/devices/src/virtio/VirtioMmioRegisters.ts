@@ -390,10 +390,10 @@ export class MmioRegisters {
    *
    * The page shows the cause before the interrupt comes, and a driver acknowledges what it has read before it looks at the
    * queues or the configuration. The cause "used buffers" is never taken back before a reset: its acknowledgement is a
-   * doorbell that arrives at any later time, perhaps after a newer interrupt, whose cause it must not take away. So a handler
-   * that runs for a configuration change alone looks at the queues in vain, and no interrupt is lost. The cause
-   * "configuration" is taken back by an acknowledgement that names it. That one is a call, so it was written after the
-   * driver had read it and before it looks: what has changed by then is seen, and what changes later is raised again.
+   * doorbell, which could take effect at any later time, perhaps after a newer interrupt whose cause it must leave. So a
+   * handler that runs for a configuration change alone looks at the queues in vain, and no interrupt is lost. The cause
+   * "configuration" is taken back by an acknowledgement that names it. That one is a call, so it takes effect after the driver
+   * has read the cause and before it looks: what has changed by then is seen, and what changes later is raised again.
    */
   #raise(cause: number): void {
     this.#interruptStatus |= cause

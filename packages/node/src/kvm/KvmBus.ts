@@ -132,6 +132,8 @@ export const attachBus = Effect.fnUntraced(function*(options: {
         set(0),
         () => hasVcpus() ? Effect.ignore(set(KvmValue.KVM_IOEVENTFD_FLAG_DEASSIGN)) : Effect.void
       )
+      // A descriptor that nobody reads counts the rings, which is all that is asked of it.
+      if (doorbell.wakes === false) continue
       yield* Effect.mapError(eventFd.onSignal(() => dispatcher.doorbell(index, number)), kvmError)
     }
   }
