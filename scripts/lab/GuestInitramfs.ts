@@ -53,7 +53,9 @@ rng() {
 case "$action" in
   rng) rng; poweroff -f ;;
   poweroff) poweroff -f ;;
-  reboot) reboot -f ;;
+  reboot)
+    read -r type < /sys/kernel/reboot/type && echo "${REPORT}reboot-type $type"
+    reboot -f ;;
   halt) halt -f ;;
   panic)
     [ -e /lib/modules/pvpanic_mmio.ko ] && insert pvpanic pvpanic_mmio

@@ -96,7 +96,7 @@ const troupeRunOf = (guest: LinuxGuest, files: Record<"bzImage" | "vmlinux" | "i
   bootProtocol: guest.bootProtocol ?? "auto"
 })
 
-const DEFAULT_TIMEOUT_SECONDS = 90
+const DEFAULT_TIMEOUT_SECONDS = 180
 
 const runOnHost = async (kernel: LinuxKernel, initrd: string, guest: LinuxGuest): Promise<LinuxOutcome> => {
   const args = troupeArguments(troupeRunOf(guest, { bzImage: kernel.bzImage, vmlinux: kernel.vmlinux, initrd }))

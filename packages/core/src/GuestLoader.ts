@@ -1,10 +1,11 @@
-/** Puts a guest into its memory: ACPI tables, kernel, initial RAM disk and what the boot protocol asks for. */
+/** Puts a guest into its memory: ACPI tables, reset vector, kernel, initial RAM disk and what the boot protocol asks for. */
 import * as Effect from "effect/Effect"
 import * as Result from "effect/Result"
 import { buildAcpi } from "./acpi/AcpiTables.ts"
 import { RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT } from "./acpi/PowerPorts.ts"
 import type { GuestBlock } from "./boot/GuestBlock.ts"
 import { loadKernel } from "./boot/KernelImage.ts"
+import { resetVector } from "./boot/ResetVector.ts"
 import type { GuestConfig } from "./GuestConfig.ts"
 import { GuestError, type GuestErrorReason, InternalError, KernelLoadFailure } from "./GuestError.ts"
 import type { GuestFile } from "./GuestFile.ts"
@@ -35,7 +36,9 @@ export const loadGuest = Effect.fnUntraced(
       )
     }
     const plan = yield* planKernel(config, acpi.success.rsdpAddress)
-    for (const block of [...acpi.success.blocks, ...plan.segments, ...plan.blocks]) yield* place(memory, block)
+    for (const block of [...acpi.success.blocks, resetVector, ...plan.segments, ...plan.blocks]) {
+      yield* place(memory, block)
+    }
     return plan.entry
   }
 )

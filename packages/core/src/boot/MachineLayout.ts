@@ -4,7 +4,7 @@
  * | range | what |
  * | --- | --- |
  * | `0` to `0x9_fc00` | RAM; tables for the boot processor below {@link COMMAND_LINE_ADDRESS} and its area |
- * | `0x9_fc00` to `0x10_0000` | reserved; ACPI tables from {@link ACPI_TABLES_ADDRESS} |
+ * | `0x9_fc00` to `0x10_0000` | reserved; ACPI tables from {@link ACPI_TABLES_ADDRESS}, {@link RESET_VECTOR_ADDRESS} |
  * | `0x10_0000` to {@link DEVICE_WINDOW_ADDRESS} | RAM: kernel, initial RAM disk |
  * | {@link DEVICE_WINDOW_ADDRESS} to 4 GiB | devices, interrupt controllers, pages that KVM needs for itself |
  * | 4 GiB and up | the RAM that does not fit below the device window |
@@ -49,8 +49,10 @@ export const COMMAND_LINE_AREA_SIZE = 0x1_0000
 export const LOW_RESERVED_ADDRESS = 0x9_fc00
 /** ACPI tables: inside the area that operating systems search for the RSDP (ACPI 6.5, section 5.2.5.1). */
 export const ACPI_TABLES_ADDRESS = 0xe_0000
+/** Where a PC's processors find their first instruction below 1 MiB (`F000:FFF0`): 16 bytes. */
+export const RESET_VECTOR_ADDRESS = 0xf_fff0
 /** Room for ACPI tables in bytes. */
-export const ACPI_TABLES_SIZE = 0x2_0000
+export const ACPI_TABLES_SIZE = RESET_VECTOR_ADDRESS - ACPI_TABLES_ADDRESS
 /** 1 MiB: the lowest address that a kernel may be loaded at. */
 export const HIGH_MEMORY_ADDRESS = 0x10_0000
 
