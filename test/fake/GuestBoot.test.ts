@@ -3,7 +3,6 @@ import { assert, describe, it } from "@effect/vitest"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
 import { GuestAcpi, GuestBoot, GuestProgram, Simulation } from "@troupe/core/testing"
 import * as Effect from "effect/Effect"
-import * as Exit from "effect/Exit"
 import * as fc from "fast-check"
 import { goodConfig, layerLifecycle } from "./TestGuest.ts"
 
@@ -45,7 +44,7 @@ describe("a kernel", () => {
               kernel: GuestProgram.kernel(program, { format, address }),
               ...(ramdisk === null ? {} : { ramdisk })
             })
-            assert.deepStrictEqual(yield* Effect.exit(lifecycle.run), Exit.succeed({ _tag: "PowerOff" }))
+            assert.strictEqual((yield* lifecycle.run)._tag, "PowerOff")
             assert.strictEqual(found?.protocol, format === "pvh" ? "pvh" : "linux64")
             assert.strictEqual(found?.commandLine, cmdline)
             assert.deepStrictEqual(apicIds, Array.from({ length: cpus }, (_, id) => id))

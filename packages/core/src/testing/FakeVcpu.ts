@@ -54,7 +54,18 @@ type OperationKind =
   | "yield"
   | "start-vcpu"
 
-type Phase = "new" | "unstarted" | "ready" | "running" | "call" | "interrupt" | "sleep" | "ring" | "ending" | "stopped"
+type Phase =
+  | "new"
+  | "unstarted"
+  | "ready"
+  | "running"
+  | "call"
+  | "interrupt"
+  | "sleep"
+  | "ring"
+  | "halted"
+  | "ending"
+  | "stopped"
 
 /** What `perform` says about the operation: its result is there, it waits, or the vCPU has stopped. */
 type Progress = "done" | "wait" | "stop"
@@ -347,9 +358,28 @@ export class FakeVcpu implements GuestCpu {
     resume?.(Effect.die(defect))
   }
 
+  /** Whether the vCPU waits for its start-up interrupt. */
+  get isNotStarted(): boolean {
+    return this.id !== 0 && (this.#phase === "new" || this.#phase === "unstarted")
+  }
+
+  /** Whether the vCPU has halted with interrupts off. */
+  get isHalted(): boolean {
+    return this.#phase === "halted"
+  }
+
+  /** Reports that the whole machine has halted for good. */
+  endHalted(): void {
+    if (this.#active) this.#end({ _tag: "Halted", registers: this.#registers() })
+  }
+
   /** Gives the vCPU its first instruction, as a start-up interrupt does. Returns whether it waited for one. */
   start(program: GuestProgram): boolean {
-    if (this.id === 0 || (this.#phase !== "unstarted" && this.#phase !== "new")) return false
+    if (this.id === 0 || !(this.isNotStarted || this.#phase === "halted")) return false
+    this.#frames.length = 0
+    this.#enabled = false
+    this.#redo = false
+    this.#reply = undefined
     this.#begin(program)
     if (this.#active) this.#ready()
     return true
@@ -385,6 +415,8 @@ export class FakeVcpu implements GuestCpu {
         const gsi = this.#operation.gsi
         return `${name} waits for ${gsi < 0 ? "an interrupt" : `interrupt ${gsi}`}${pending}${posted}`
       }
+      case "halted":
+        return `${name} has halted with interrupts off${pending}${posted}`
       case "unstarted":
         return `${name} waits to be started by another vCPU`
       case "ring":
@@ -486,7 +518,7 @@ export class FakeVcpu implements GuestCpu {
       }
       if (step.done !== true) return true
       if (frame === undefined) {
-        this.#end({ _tag: "Halted", registers: this.#registers() })
+        this.#halt()
         return false
       }
       this.#frames.pop()
@@ -540,7 +572,7 @@ export class FakeVcpu implements GuestCpu {
         return this.#wait()
       case "halt":
         if (this.#enabled) return this.#wait()
-        return this.#end({ _tag: "Halted", registers: this.#registers() })
+        return this.#halt()
       case "triple-fault":
         return this.#end({ _tag: "TripleFault", registers: this.#registers() })
       case "internal-error":
@@ -706,6 +738,14 @@ export class FakeVcpu implements GuestCpu {
   }
 
   // --- the end ---------------------------------------------------------------------------------------------------------
+
+  /** `hlt` with interrupts off: for good only when no other vCPU is left that could start this one again. */
+  #halt(): Progress {
+    this.#trace("halt", 0, 0, 0)
+    this.#phase = "halted"
+    this.vm.halted()
+    return "stop"
+  }
 
   #end(exit: VcpuExit): Progress {
     this.#exit = exit

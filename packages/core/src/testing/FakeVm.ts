@@ -151,6 +151,14 @@ export class FakeVm implements Vm, SimulationParticipant {
     return this.#vcpus.get(id)?.start(program) ?? false
   }
 
+  /** A vCPU has halted: when all have, or were never started, nobody is left who could wake one, and all runs end. */
+  halted(): void {
+    for (const vcpu of this.#vcpus.values()) {
+      if (!vcpu.isHalted && !vcpu.isNotStarted) return
+    }
+    for (const vcpu of this.#vcpus.values()) vcpu.endHalted()
+  }
+
   /** Ends every run with a defect. */
   fail(defect: unknown): void {
     this.world.violation(`${this.#name}: ${String(defect)}`, defect)

@@ -74,7 +74,10 @@ export interface GuestCpu {
   readonly waitForInterrupt: (gsi?: number) => GuestOperation<number>
   /** The same with a limit in virtual time: `undefined` when it has passed. */
   readonly waitForInterruptWithin: (limit: Duration.Input, gsi?: number) => GuestOperation<number | undefined>
-  /** `hlt`: with interrupts off the vCPU stops for good (`Halted`), with interrupts on it waits for one and goes on. */
+  /**
+   * `hlt`: with interrupts on it waits for one and goes on. With interrupts off only another vCPU can start this one again;
+   * when all vCPUs have halted so, or were never started, the machine has halted for good (`Halted`).
+   */
   readonly halt: () => GuestOperation<void>
   /** A fault that cannot be delivered: the vCPU stops for good (`TripleFault`). */
   readonly tripleFault: () => GuestOperation<never>

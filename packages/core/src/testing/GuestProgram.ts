@@ -55,7 +55,7 @@ export interface KernelOptions {
 }
 
 /** Number of programs that stay alive without their image. */
-export const RECENT_PROGRAMS = 64
+export const RECENT_PROGRAMS = 4096
 
 const DEFAULT_ADDRESS = 0x10_0000
 /** `ud2` and "TROUPE". */

@@ -39,6 +39,7 @@ export const TRACE_KINDS = [
   "wait",
   "sleep",
   "start-vcpu",
+  "halt",
   "mark"
 ] as const
 

@@ -198,7 +198,6 @@ describe("interrupts and doorbells", () => {
         })
         const boot = GuestProgram.make(function*(cpu) {
           assert.strictEqual(yield* cpu.startVcpu(1, second), 1)
-          assert.strictEqual(yield* cpu.startVcpu(1, second), 0)
           assert.strictEqual(yield* cpu.startVcpu(7, second), 0)
           taken.push([cpu.id, yield* cpu.waitForInterrupt()])
         })
@@ -290,6 +289,33 @@ describe("a guest program", () => {
         assert.isAtLeast(done, 36)
         assert.strictEqual((yield* machine.boot.run)._tag, "Halted")
         assert.strictEqual(done, 50)
+      }).pipe(onFake),
+      20
+    )
+  })
+})
+
+describe("a machine", () => {
+  it("has halted when all of its vCPUs have, and one that goes on can start a halted one again", () => {
+    Simulation.explore(
+      Effect.gen(function*() {
+        const starts: Array<number> = []
+        const second = GuestProgram.make(function*(cpu) {
+          starts.push(cpu.now())
+          yield* cpu.halt()
+          assert.fail("a halted vCPU went on")
+        })
+        const exit = yield* runProgram(
+          function*(cpu) {
+            assert.strictEqual(yield* cpu.startVcpu(1, second), 1)
+            yield* cpu.sleep("1 second")
+            assert.strictEqual(yield* cpu.startVcpu(1, second), 1)
+            yield* cpu.sleep("1 second")
+          },
+          { vcpus: 3 }
+        )
+        assert.strictEqual(exit._tag, "Halted")
+        assert.deepStrictEqual(starts, [0, 1000])
       }).pipe(onFake),
       20
     )
