@@ -708,6 +708,8 @@ export class FakeVcpu implements GuestCpu {
     const fakeBus = this.vm.bus
     if (fakeBus === undefined || !fakeBus.open) return true // nobody is left to take them
     return this.#ring.drain((range, offset, size, value) => {
+      // A device that fails over a write may have taken the whole machine with it: nobody is left for the rest.
+      if (!fakeBus.open) return true
       const taken = fakeBus.post(range, offset, size, value)
       this.#trace(taken ? "posted" : "posted-later", (fakeBus.bus.ranges[range]?.base ?? 0) + offset, size, value)
       if (taken) this.#refusals = 0
