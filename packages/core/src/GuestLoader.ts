@@ -1,7 +1,7 @@
 /** Puts a guest into its memory: ACPI tables, reset vector, kernel, initial RAM disk and what the boot protocol asks for. */
 import * as Effect from "effect/Effect"
 import * as Result from "effect/Result"
-import { buildAcpi } from "./acpi/AcpiTables.ts"
+import { provideAcpi } from "./acpi/AcpiCache.ts"
 import { RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT } from "./acpi/PowerPorts.ts"
 import type { GuestBlock } from "./boot/GuestBlock.ts"
 import { loadKernel } from "./boot/KernelImage.ts"
@@ -20,7 +20,7 @@ const fail = (reason: GuestErrorReason): Effect.Effect<never, GuestError> => Eff
  */
 export const loadGuest = Effect.fnUntraced(
   function*(config: GuestConfig, memory: GuestMemory, devices: ReadonlyArray<PlacedDevice>) {
-    const acpi = buildAcpi({
+    const acpi = provideAcpi({
       cpus: config.cpus,
       sleepControl: { space: "pio", address: SLEEP_CONTROL_PORT },
       sleepStatus: { space: "pio", address: SLEEP_STATUS_PORT },
