@@ -194,7 +194,7 @@ const storeOptions = () => {
 
 const install = async (stamp) => {
   await installPnpm()
-  say("- fetching dependencies and Node with pnpm (about 200 MB the first time)")
+  say("- fetching dependencies and Node with pnpm (about 300 MB the first time)")
   const reporter = process.stdout.isTTY ? "default" : "append-only"
   const result = await run(join(pnpmBin, "pnpm"), [
     "install",

@@ -2,9 +2,10 @@
 //
 // Fences: ```ts is type-checked, ```ts run is also run and must succeed; what it prints must be what its `// =>` comments
 // say, in order. ```ts kvm is run where /dev/kvm opens. ```ts sketch is neither: it is for pieces that stand for something.
+// Examples in the comments of library code are type-checked when they are whole, which they are when they begin with an import.
 import { assert, beforeAll, describe, it } from "@effect/vitest"
 import { execFile } from "node:child_process"
-import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
+import { globSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
 import { join, relative } from "node:path"
 import { whyNoKvm } from "../../scripts/tiers.ts"
 import { root, runTool, type Verdict } from "./support.ts"
@@ -22,12 +23,18 @@ const FENCE = /^```ts(?: (\w+))?\n([\s\S]*?)^```$/gm
 /** Inside the clone, so that the packages are found as a user's project finds them. */
 const folder = join(root, ".cache", "doc-examples")
 
+/** The comments of a source as text, line by line, with nothing in the other lines. */
+const commentsOf = (source: string): string =>
+  source.split("\n").map((line) => /^\s*\* ?(.*)$/.exec(line)?.[1] ?? "").join("\n")
+
 const examplesIn = (path: string): ReadonlyArray<Example> => {
-  const text = readFileSync(path, "utf8")
+  const isSource = path.endsWith(".ts")
+  const content = readFileSync(path, "utf8")
+  const text = isSource ? commentsOf(content) : content
   const name = relative(root, path)
   return Array.from(text.matchAll(FENCE)).flatMap((match) => {
     const [, mark, source] = match
-    if (mark === "sketch") return []
+    if (mark === "sketch" || (isSource && source?.startsWith("import ") !== true)) return []
     const line = text.slice(0, match.index).split("\n").length
     const file = join(folder, `${name.replaceAll(/[^\w]/g, "-")}-${line}.ts`)
     return [{ place: `${name}:${line}`, file, source: source ?? "", mark }]
@@ -41,7 +48,8 @@ const documents = [
     .toSorted()
     .map((path) => join(root, "docs", path))
 ]
-const examples = documents.flatMap(examplesIn)
+const sources = globSync("packages/*/src/**/*.ts", { cwd: root }).toSorted().map((path) => join(root, path))
+const examples = [...documents, ...sources].flatMap(examplesIn)
 
 const runExample = (file: string): Promise<Verdict> =>
   new Promise((resolve) => {
