@@ -26,10 +26,10 @@ import {
   openGate
 } from "./thread/VcpuControl.ts"
 
-/** Posted writes delivered in one turn at most. */
-const DRAIN_LIMIT = 4096
+/** Posted writes delivered without a look at the calls, at most. */
+const DRAIN_LIMIT = 512
 /** Rounds of drain and calls in one turn at most: a vCPU whose calls are answered at once can make the next within the turn. */
-const ROUND_LIMIT = 16
+const ROUND_LIMIT = 8
 /**
  * How long after a drain the host looks for more posted writes by itself, in milliseconds: doubled up to the limit while a guest
  * writes without pause, for each look costs the guest's core a share of its speed. A full half of the ring wakes the host before.

@@ -4,8 +4,8 @@
  * With the interrupt controllers in the kernel `HLT` does not exit, so nobody is told. The watch reads each vCPU's statistics
  * about twice a second, which disturbs nothing. Only when all vCPUs have been blocked since the last look, and at least one of
  * them has halted since it was last looked at, does it take them out of the guest once and read their state: an idle guest is
- * disturbed at most once in an idle period. Where the kernel has no statistics, the exits that the thread itself has counted
- * stand for them.
+ * disturbed at most once in an idle period. Where the kernel has no statistics, a vCPU whose thread has counted no exit since
+ * the last look is taken for blocked, and is disturbed at every look.
  */
 import * as Effect from "effect/Effect"
 import { KvmValue } from "./KvmIoctl.ts"
@@ -25,11 +25,11 @@ const LOOK_INTERVAL = "600 millis"
 const ANSWER_INTERVAL = "5 millis"
 const ANSWER_STEPS = 40
 
-/** What a vCPU was last seen doing: how often it had halted, or -1 when it was not blocked. */
+/** What a vCPU was last seen doing: how often it had halted, or -1 when it was not blocked for all that is known. */
 const look = (runner: VcpuRunner): number => {
   if (!runner.isRunning) return -1
   const stats = runner.parts.stats
-  if (stats === undefined) return runner.control[CONTROL_EXITS] ?? 0
+  if (stats === undefined) return (runner.control[CONTROL_EXITS] ?? 0) >>> 0
   return stats.isBlocked() ? stats.halts() : -1
 }
 
@@ -64,7 +64,9 @@ export const haltWatch = Effect.fnUntraced(function*(runners: ReadonlyArray<Vcpu
     const seen = runners.map(look)
     const stayed = seen.length > 0 && seen.every((halts) => halts >= 0) && isSame(seen, last)
     last = seen
-    if (!stayed || isSame(seen, inspected)) continue
+    // Without statistics a vCPU can have halted since then and nobody knows.
+    const isCertain = runners.every((runner) => runner.parts.stats !== undefined)
+    if (!stayed || (isCertain && isSame(seen, inspected))) continue
     const subjects = [...runners]
     if (!(yield* inspect(subjects))) continue
     inspected = seen

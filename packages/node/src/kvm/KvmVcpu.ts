@@ -146,7 +146,8 @@ export const makeVcpu = Effect.fnUntraced(function*(machine: Machine, id: number
 
   const runOnce = Effect.gen(function*() {
     // The topology leaves name the number of vCPUs, which is known only now.
-    if (machine.runners.length !== id + 1) yield* setCpuid(machine.runners.length)
+    const count = 1 + Math.max(...machine.runners.map((runner) => runner.parts.id))
+    if (count !== id + 1) yield* setCpuid(count)
     const thread = yield* threads.acquire
     yield* Effect.acquireUseRelease(
       Effect.sync(() => runner.start(thread, machine.job())),
