@@ -65,12 +65,14 @@ export class SimulationClock implements TestClock.TestClock {
 
   /** Jumps to the earliest timers and fires all of that time. Returns whether there was one. */
   advance(): boolean {
-    const first = this.#pop()
+    const first = this.#next()
     if (first === undefined) return false
     this.#now = first.time
-    first.fire()
-    for (let next = this.#timers[0]; next !== undefined && next.time === first.time; next = this.#timers[0]) {
-      this.#pop()?.fire()
+    for (let timer = this.#next(); timer !== undefined && timer.time === this.#now; timer = this.#next()) {
+      this.#take()
+      timer.cancelled = true // fired: a later cancellation must not count it again
+      this.#live--
+      timer.fire()
     }
     return true
   }
@@ -98,16 +100,10 @@ export class SimulationClock implements TestClock.TestClock {
     this.#live--
   }
 
-  /** Takes the earliest timer that is not cancelled. */
-  #pop(): Timer | undefined {
-    for (;;) {
-      const first = this.#take()
-      if (first === undefined) return undefined
-      if (first.cancelled) continue
-      first.cancelled = true // fired: a later cancellation must not count it again
-      this.#live--
-      return first
-    }
+  /** The earliest timer that is not cancelled; those before it are dropped. */
+  #next(): Timer | undefined {
+    while (this.#timers[0]?.cancelled === true) this.#take()
+    return this.#timers[0]
   }
 
   #take(): Timer | undefined {

@@ -86,7 +86,11 @@ describe("Simulation", () => {
         Effect.gen(function*() {
           const fired: Array<number> = []
           const fibers = yield* Effect.forEach(timers, ({ millis }) =>
-            Effect.forkChild(Effect.andThen(Effect.sleep(millis), Effect.sync(() => fired.push(millis)))))
+            Effect.forkChild(Effect.gen(function*() {
+              yield* Effect.sleep(millis)
+              assert.strictEqual(yield* Clock.currentTimeMillis, millis)
+              fired.push(millis)
+            })))
           yield* Effect.yieldNow
           for (const [index, { cancel }] of timers.entries()) {
             const fiber = fibers[index]
@@ -97,9 +101,7 @@ describe("Simulation", () => {
           yield* Effect.sleep(100)
           assert.deepStrictEqual(
             fired,
-            timers.filter((timer) =>
-              !timer.cancel
-            ).map((timer) => timer.millis).toSorted((a, b) => a - b)
+            timers.filter((timer) => !timer.cancel).map((timer) => timer.millis).toSorted((a, b) => a - b)
           )
         })
       )
