@@ -1,5 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { SerialPort } from "@troupe/core/SerialPort"
+import { Simulation } from "@troupe/core/testing"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
@@ -283,6 +284,29 @@ describe("Serial line", () => {
       yield* Fiber.join(other)
       assert.deepStrictEqual(Uint8Array.from(received), Uint8Array.of(...sent, ...bytes("end")))
     }))
+
+  it("keeps what each writer types together, in every order of events", () => {
+    const sizes = [3000, 1, 2500, 7000]
+    Simulation.explore(
+      Effect.gen(function*() {
+        const { harness, port } = yield* started
+        harness.out8(FCR, 0x01)
+        const total = sizes.reduce((sum, size) => sum + size, 0)
+        for (const [index, size] of sizes.entries()) {
+          yield* Effect.forkChild(port.write(new Uint8Array(size).fill(index)))
+        }
+        const received: Array<number> = []
+        while (received.length < total) {
+          harness.settle()
+          received.push(...receive(harness, 900))
+          yield* Effect.yieldNow
+        }
+        const changes = received.filter((byte, i) => byte !== received[i - 1])
+        assert.strictEqual(changes.length, sizes.length)
+      }),
+      20
+    )
+  })
 
   it.effect("keeps what was typed for a guest that is not ready, and drops what a ready guest throws away", () =>
     Effect.gen(function*() {

@@ -35,7 +35,7 @@ const pair = ({ eventIndex = false, indirect = true, size = 8 }: Options = {}) =
     eventIndex
   })
   if (queue === undefined) throw new Error("the queue is refused")
-  return { memory, driver, queue, chain: new DescriptorChain(size) }
+  return { memory, driver, queue, chain: new DescriptorChain(2 * size) }
 }
 
 const buffer = (address: number, length: number, writable = false): DriverBuffer => ({ address, length, writable })
@@ -86,6 +86,9 @@ describe("SplitQueue", () => {
     const all = new Uint8Array(8)
     assert.strictEqual(chain.read(1, all), 4)
     assert.deepStrictEqual([...all], [2, 3, 4, 5, 0, 0, 0, 0])
+    assert.strictEqual(chain.read(3, all), 2)
+    assert.deepStrictEqual([...all.subarray(0, 2)], [4, 5])
+    assert.strictEqual(chain.read(5, all), 0)
     assert.strictEqual(chain.write(1, Uint8Array.of(7, 8, 9, 10)), 3)
     assert.deepStrictEqual([...memory.slice(HIGH_ADDRESS + 8, 4) ?? []], [0, 7, 8, 9])
     chain.view(0)[0] = 42
@@ -111,6 +114,9 @@ describe("SplitQueue", () => {
     const { chain, driver, memory, queue } = pair()
     for (let i = 0; i < 2; i++) driver.add([buffer(DATA_ADDRESS, 2, true)])
     driver.publish()
+    const completed = new DescriptorChain(8)
+    assert.isTrue(queue.take(completed))
+    queue.complete(completed, 1)
     assert.isTrue(queue.take(chain))
     const before = memory.slice(0, MEMORY_SIZE)?.slice()
     queue.close()
@@ -179,7 +185,11 @@ describe("A correct driver", () => {
     { weight: 2, arbitrary: fc.record({ kind: fc.constant("publish" as const) }) },
     {
       weight: 2,
-      arbitrary: fc.record({ kind: fc.constant("serve" as const), budget: fc.integer({ min: 1, max: 6 }) })
+      arbitrary: fc.record({
+        kind: fc.constant("serve" as const),
+        budget: fc.integer({ min: 1, max: 6 }),
+        race: fc.boolean()
+      })
     },
     { weight: 2, arbitrary: fc.record({ kind: fc.constant("finish" as const), order: fc.nat(100) }) },
     { weight: 2, arbitrary: fc.record({ kind: fc.constant("poll" as const) }) }
@@ -206,13 +216,15 @@ describe("A correct driver", () => {
           let polled = 0
           let added = 0
 
-          const serve = (budget: number) => {
+          /** With `race`, the driver publishes between the device's last look and its wish to be notified. */
+          const serve = (budget: number, race: boolean) => {
             if (!wake.device) return
             queue.suppressNotifications()
             for (let i = 0; i < budget; i++) {
               const chain = new DescriptorChain(size)
               if (!queue.take(chain)) {
-                wake.device = queue.resumeNotifications()
+                const notified = race && driver.publish()
+                wake.device = queue.resumeNotifications() || notified
                 return
               }
               served++
@@ -266,13 +278,13 @@ describe("A correct driver", () => {
               expected.set(head, { contents: Uint8Array.from(contents), room })
             } else if (step.kind === "publish") {
               if (driver.publish()) wake.device = true
-            } else if (step.kind === "serve") serve(step.budget)
+            } else if (step.kind === "serve") serve(step.budget, step.race)
             else if (step.kind === "finish") finish(step.order)
             else poll()
             assert.isUndefined(queue.fault)
           }
           if (driver.publish()) wake.device = true
-          for (let turn = 0; turn < 1000 && wake.device; turn++) serve(3)
+          for (let turn = 0; turn < 1000 && wake.device; turn++) serve(3, false)
           while (working.length > 0) finish(working.length * 7)
           poll()
           assert.deepStrictEqual([served, finished, polled, expected.size], [added, added, added, 0])
@@ -363,6 +375,10 @@ describe("A hostile driver", () => {
     ["a loop in a table", "chain-length", [raw(TABLE, 32, INDIRECT)], [data(NEXT, 1), data(NEXT, 0)]],
     ["as many buffers in a table as the queue has", undefined, [raw(TABLE, 128, INDIRECT)], chainOf(SIZE)],
     ["more buffers in a table than the queue has", "chain-length", [raw(TABLE, 144, INDIRECT)], chainOf(SIZE + 1)],
+    ["more buffers than the queue has entries, empty ones counted", "chain-length", [raw(TABLE, 144, INDIRECT)], [
+      raw(0, 0, NEXT, 1),
+      ...chainOf(SIZE).map(({ address, flags, length, next }) => raw(address, length, flags, next + 1))
+    ]],
     ["a table after as many buffers as the queue has less one", undefined, [
       ...chainOf(SIZE - 1).slice(0, -1),
       data(NEXT, SIZE - 1),

@@ -2,6 +2,8 @@ import { assert, describe, it } from "@effect/vitest"
 import { splitQueueMemory } from "@troupe/core/testing/drivers/SplitQueueDriver"
 import { resetVirtioMmio, startVirtioMmio, VirtioMmio } from "@troupe/core/testing/drivers/VirtioMmioDriver"
 import * as Effect from "effect/Effect"
+import * as Fiber from "effect/Fiber"
+import * as Logger from "effect/Logger"
 import * as fc from "fast-check"
 import { DescriptorChain } from "../src/virtio/DescriptorChain.ts"
 import { makeFeatures } from "../src/virtio/Features.ts"
@@ -320,6 +322,26 @@ describe("VirtioMmio", () => {
       works(made)
       start()
       assert.strictEqual(read(Register.InterruptStatus), 0)
+    }))
+
+  it.effect("logs what a driver broke, a bounded number of times", () =>
+    Effect.gen(function*() {
+      const messages: Array<string> = []
+      const logger = Logger.make(({ message }) => void messages.push(String(message)))
+      const { cpu, harness, start } = yield* started
+      const run = harness.behaviour.run ?? Effect.never
+      const fiber = yield* Effect.forkChild(Effect.provide(run, Logger.layer([logger])), { startImmediately: true })
+      for (let i = 0; i < 100; i++) {
+        const driver = start()
+        driver.queue(0).writeAvailableIndex(9)
+        runGuest(driver.notify(cpu, 0))
+        harness.settle()
+        yield* Effect.yieldNow
+      }
+      assert.strictEqual(messages[0], "test0: needs a reset: queue 0: available-index: index 9 after 0 in a queue of 8")
+      assert.isAtMost(messages.length, 16)
+      assert.isUndefined(fiber.pollUnsafe())
+      yield* Fiber.interrupt(fiber)
     }))
 
   it.effect("tells the driver of an earlier generation that a reset is needed", () =>

@@ -248,7 +248,7 @@ export class SplitQueue {
     if (this.#stopped) return false
     if (this.#eventIndex) Atomics.store(this.#used, this.#availableEvent, this.#taken)
     else Atomics.store(this.#used, this.#usedFlags, 0)
-    return this.#taken !== this.#seen || Atomics.load(this.#available, this.#availableIndex) !== this.#taken
+    return Atomics.load(this.#available, this.#availableIndex) !== this.#taken
   }
 
   /** Makes the queue faulty: what a chain holds makes no sense to the device. */
