@@ -41,7 +41,7 @@ export interface LinuxOutcome {
 
 /** Runs guests in one place. */
 export interface LinuxRunner extends AsyncDisposable {
-  /** The place and the reason for it, for people. */
+  /** The place, for people. */
   readonly where: string
   readonly kernel: LinuxKernel
   /** The lab, where it is one. */
@@ -170,20 +170,20 @@ export const openLinuxRunner = async (options: LinuxRunnerOptions = {}): Promise
   const given = options.kernel ?? givenKernel()
   const kernel = await provideKernel({ progress, kernel: given })
   const host = await canBootLinux(kernel)
+  progress(`${host.reason}: ${host.can ? "using that" : "using the nested lab"}`)
   if (host.can) {
     const initrd = await provideInitrd(kernel)
     return {
-      where: `on this host's KVM (${host.reason})`,
+      where: "on this host's own KVM",
       kernel,
       lab: undefined,
       run: (guest) => runOnHost(kernel, initrd, guest),
       [Symbol.asyncDispose]: () => Promise.resolve()
     }
   }
-  progress(`${host.reason}: using the nested lab`)
   const lab = await Lab.start({ progress, kernel: given, signal: options.signal, name: options.name ?? "lab" })
   return {
-    where: `in the nested lab (${host.reason})`,
+    where: "in the nested lab",
     kernel,
     lab,
     run: (guest) => runInLab(lab, guest),
