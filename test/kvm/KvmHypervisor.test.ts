@@ -3,8 +3,11 @@ import { assert, describe, it } from "@effect/vitest"
 import { SHADOW_INVALID } from "@troupe/core/Bus"
 import type { CallReply } from "@troupe/core/Bus"
 import { Hypervisor } from "@troupe/core/Hypervisor"
+import { cpuidFeature, HiddenCpuid } from "@troupe/node/kvm/Cpuid"
+import { type ExitCounts, ExitObserver } from "@troupe/node/kvm/ExitCounts"
+import * as KvmHypervisor from "@troupe/node/kvm/KvmHypervisor"
 import { VcpuThreads } from "@troupe/node/kvm/VcpuThreads"
-import { Cause, Effect, Exit, Fiber } from "effect"
+import { Cause, Effect, Exit, Fiber, Layer } from "effect"
 import { kvmObstacle, onKvm } from "./support.ts"
 import {
   asm,
@@ -428,6 +431,33 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         assert.deepStrictEqual(exits.map((exit) => exit._tag), ["Halted", "Halted"])
         assert.strictEqual(machine.text(), "012")
       }))
+
+    it.effect("gives every vCPU its identity, hides what the host hides, and counts exits", () => {
+      const seen: Array<() => ExitCounts> = []
+      return Effect.gen(function*() {
+        const machine = yield* tinyMachine({
+          state: flatMode,
+          code: asm(
+            [0xb8, ...dword(1), 0x0f, 0xa2, 0x89, 0x0d, ...dword(0x3000), 0x89, 0x1d, ...dword(0x3004)], // cpuid 1; store ecx, ebx
+            [0x66, 0xba, ...word(SERIAL), 0xee, 0xee, 0x66, 0xba, ...word(0x700), 0xec], // out twice; in from nowhere
+            [0x66, 0xba, ...word(CONTROL), 0xec], // in: a call
+            END
+          )
+        })
+        yield* machine.runToEnd
+        const { popcnt } = cpuidFeature
+        assert.strictEqual(machine.memory.view.getUint32(0x3000, true) & popcnt.ecx, 0)
+        assert.strictEqual(machine.memory.view.getUint32(0x3004, true) >>> 24, 0)
+        assert.deepInclude(seen[0]?.(), { exits: 5, posted: 3, shadowed: 0, calls: 1, unclaimed: 1 })
+      }).pipe(
+        Effect.provide(
+          Layer.fresh(KvmHypervisor.layer).pipe(
+            Layer.provide(Layer.succeed(HiddenCpuid, [cpuidFeature.popcnt])),
+            Layer.provide(Layer.succeed(ExitObserver, (_vcpu, counts) => seen.push(counts)))
+          )
+        )
+      )
+    })
 
     it.effect("takes a spinning guest out when the run is interrupted, and gives the thread back", () =>
       Effect.gen(function*() {

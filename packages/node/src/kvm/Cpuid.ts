@@ -42,7 +42,7 @@ export const cpuidFeature = {
   smap: { function: 7, ebx: 1 << 20 }
 } as const satisfies { readonly [name: string]: CpuidMask }
 
-/** What the guests of this host must not see. Default: nothing is hidden. */
+/** What the guests of a hypervisor must not see. Default: nothing is hidden. Read when the hypervisor's layer is built. */
 export const HiddenCpuid = Context.Reference<ReadonlyArray<CpuidMask>>("@troupe/node/HiddenCpuid", {
   defaultValue: () => []
 })

@@ -7,6 +7,7 @@ import * as Layer from "effect/Layer"
 import { Ffi, layer as layerFfi } from "../Ffi.ts"
 import type { FfiUnavailable } from "../FfiError.ts"
 import { HiddenCpuid } from "./Cpuid.ts"
+import { ExitObserver } from "./ExitCounts.ts"
 import { KvmValue } from "./KvmIoctl.ts"
 import { KvmSystem, layer as layerSystem } from "./KvmSystem.ts"
 import { makeVm } from "./KvmVm.ts"
@@ -23,6 +24,7 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
     const system = yield* KvmSystem
     const threads = yield* VcpuThreads
     const hidden = yield* HiddenCpuid
+    const observer = yield* ExitObserver
     return Hypervisor.of({
       name: "kvm",
       limits: {
@@ -33,12 +35,8 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
         Effect.provideService(Ffi, ffi),
         Effect.provideService(KvmSystem, system),
         Effect.provideService(VcpuThreads, threads),
-        Effect.map((vm) => ({
-          addMemory: vm.addMemory,
-          attachBus: vm.attachBus,
-          interruptLine: vm.interruptLine,
-          createVcpu: (id) => Effect.provideService(vm.createVcpu(id), HiddenCpuid, hidden)
-        }))
+        Effect.provideService(HiddenCpuid, hidden),
+        Effect.provideService(ExitObserver, observer)
       )
     })
   })

@@ -8,6 +8,7 @@ import { Ffi } from "../Ffi.ts"
 import type { AccessDispatcher } from "./AccessDispatcher.ts"
 import { cpuidFor, decodeCpuid, encodeCpuid, HiddenCpuid } from "./Cpuid.ts"
 import { applySregs, encodeRegs } from "./CpuState.ts"
+import { ExitObserver, readExitCounts } from "./ExitCounts.ts"
 import { KvmFpu, KvmLapicState, KvmSregs } from "./KvmCpuState.ts"
 import { kvmError } from "./KvmError.ts"
 import { KvmIoctl } from "./KvmIoctl.ts"
@@ -80,6 +81,7 @@ export const makeVcpu = Effect.fnUntraced(function*(machine: Machine, id: number
   const system = yield* KvmSystem
   const threads = yield* VcpuThreads
   const hidden = yield* HiddenCpuid
+  const observe = yield* ExitObserver
   const { ioctl } = system
 
   if (machine.runners.some((runner) => runner.parts.id === id)) {
@@ -98,6 +100,7 @@ export const makeVcpu = Effect.fnUntraced(function*(machine: Machine, id: number
       const runner = new VcpuRunner({ id, fd, mapping, stats, ioctl })
       machine.runners.push(runner)
       machine.dispatcher()?.add(runner.control)
+      observe(id, () => readExitCounts(runner.control))
       return runner
     }),
     // The vCPU may be run by a fiber of another scope, so its end does not wait for that fiber.

@@ -6,6 +6,8 @@ import { MemoryRegion } from "@troupe/core/GuestMemory"
 import { HypervisorError, type InterruptLine, type Vm } from "@troupe/core/Hypervisor"
 import * as Effect from "effect/Effect"
 import { Ffi } from "../Ffi.ts"
+import { HiddenCpuid } from "./Cpuid.ts"
+import { ExitObserver } from "./ExitCounts.ts"
 import { haltWatch } from "./HaltWatch.ts"
 import { attachBus } from "./KvmBus.ts"
 import { kvmError } from "./KvmError.ts"
@@ -43,6 +45,8 @@ export const makeVm = Effect.gen(function*() {
   const ffi = yield* Ffi
   const system = yield* KvmSystem
   const threads = yield* VcpuThreads
+  const hidden = yield* HiddenCpuid
+  const observer = yield* ExitObserver
   const { ioctl } = system
 
   const vm = yield* system.createVm
@@ -120,7 +124,9 @@ export const makeVm = Effect.gen(function*() {
       makeVcpu(machine, id).pipe(
         Effect.provideService(Ffi, ffi),
         Effect.provideService(KvmSystem, system),
-        Effect.provideService(VcpuThreads, threads)
+        Effect.provideService(VcpuThreads, threads),
+        Effect.provideService(HiddenCpuid, hidden),
+        Effect.provideService(ExitObserver, observer)
       )
   } satisfies Vm
 })
