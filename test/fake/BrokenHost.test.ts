@@ -12,6 +12,7 @@ import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
+import * as Logger from "effect/Logger"
 import * as Scope from "effect/Scope"
 import { goodConfig, layerHost, layerLifecycle, makeRemote } from "./TestGuest.ts"
 
@@ -111,6 +112,8 @@ describe("a defect of the host", () => {
     Simulation.explore(
       Effect.suspend(() => {
         let broken = true
+        const logged: Array<string> = []
+        const layerLog = Logger.layer([Logger.make(({ message }) => logged.push(String(message)))])
         const factory = factoryOf({
           start: () =>
             Effect.as(
@@ -130,17 +133,21 @@ describe("a defect of the host", () => {
           // Replaced before it ran.
           yield* lifecycle.create(config)
           yield* lifecycle.create(config)
-          // Run to its end, which is told.
+          // Run to its end, which the device does not change any more.
           const second = yield* lifecycle.bind
-          const error = yield* Effect.flip(lifecycle.run)
-          assert.strictEqual(error.reason._tag, "INTERNAL_ERROR")
-          assert.include(error.message, "broken at its end")
-          assert.deepStrictEqual(yield* second.epitaph, { _tag: "ZX_ERR_INTERNAL", reason: error.reason })
+          assert.strictEqual((yield* lifecycle.run)._tag, "PowerOff")
+          assert.strictEqual((yield* second.epitaph)._tag, "ZX_OK")
+          yield* noneOpen
+          // Interrupted.
+          yield* lifecycle.create(goodConfig)
+          assert.strictEqual((yield* Effect.timeoutOption(lifecycle.run, "1 second"))._tag, "None")
           yield* noneOpen
           broken = false
           yield* lifecycle.create(config)
           assert.strictEqual((yield* lifecycle.run)._tag, "PowerOff")
-        }).pipe(Effect.provide(layerLifecycle([factory])))
+          assert.deepStrictEqual(logged.filter((text) => !text.includes("while its machine was taken apart")), [])
+          assert.strictEqual(logged.length, 4)
+        }).pipe(Effect.provide(layerLifecycle([factory])), Effect.provide(layerLog))
       }),
       5
     )
