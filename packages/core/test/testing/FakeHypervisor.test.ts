@@ -229,3 +229,74 @@ describe("FakeHypervisor", () => {
       }))
     }).pipe(Effect.provide(FakeHypervisor.layer())))
 })
+
+describe("the rules of the boundary", () => {
+  const violationsOf = (options: Parameters<typeof testMachine>[1], program: GuestProgram.GuestProgram) =>
+    Effect.gen(function*() {
+      const exit = yield* Effect.exit(
+        Effect.scoped(Effect.flatMap(testMachine(program, options), (machine) => {
+          const shadow = machine.backings[0]?.shadow
+          if (shadow !== undefined) shadow[1] = 0x100
+          return machine.boot.run
+        }))
+      )
+      assert.isTrue(Exit.isFailure(exit))
+      const fake = yield* FakeHypervisor.FakeHypervisor
+      assert.deepStrictEqual(yield* fake.openResources, [])
+      return (yield* fake.violations).join("; ")
+    }).pipe(Effect.provide(FakeHypervisor.layer()))
+
+  it.effect("a shadow is a byte or SHADOW_INVALID", () =>
+    Effect.gen(function*() {
+      const told = yield* violationsOf(
+        { ranges: [range({ space: "pio", base: 0x70, size: 2, read: "shadowed", device: "clock0" })] },
+        function*(cpu) {
+          yield* cpu.in8(0x71)
+        }
+      )
+      assert.strictEqual(told, "the shadow of clock0+0x1 is 256, not a byte and not SHADOW_INVALID")
+    }))
+
+  it.effect("a handler does not throw", () =>
+    Effect.gen(function*() {
+      for (const write of ["call", "posted"] as const) {
+        const told = yield* violationsOf(
+          {
+            ranges: [range({ space: "pio", base: 0x70, size: 2, write })],
+            handlers: {
+              ...quietHandlers,
+              call: () => {
+                throw new Error("the handler broke")
+              },
+              posted: () => {
+                throw new Error("the handler broke")
+              }
+            }
+          },
+          function*(cpu) {
+            yield* cpu.out8(0x70, 1)
+          }
+        )
+        assert.include(told, "the handler broke")
+      }
+    }))
+
+  it.effect("nothing is released under a vCPU that runs", () =>
+    Effect.gen(function*() {
+      yield* Effect.scoped(Effect.gen(function*() {
+        const machine = yield* Effect.scoped(Effect.gen(function*() {
+          const machine = yield* testMachine(function*(cpu) {
+            yield* cpu.waitForInterrupt()
+          })
+          const run = yield* Effect.forkDetach(machine.boot.run)
+          yield* Effect.yieldNow
+          yield* Effect.yieldNow
+          return { run }
+        }))
+        assert.isTrue(Exit.isFailure(yield* Fiber.await(machine.run)))
+      }))
+      const fake = yield* FakeHypervisor.FakeHypervisor
+      assert.deepStrictEqual(yield* fake.violations, ["vCPU 0 of vm1 was released while vCPU 0 ran"])
+      assert.deepStrictEqual(yield* fake.openResources, [])
+    }).pipe(Effect.provide(FakeHypervisor.layer())))
+})
