@@ -57,8 +57,7 @@ describe("a defect of the host", () => {
     "in a read of the kernel": () => [[], { kernel: makeGuestFile("vmlinuz", Effect.die(new Error("broken"))) }],
     "in a device's end, after a failure": () => [[
       factoryOf({
-        start: () =>
-          Effect.as(Effect.addFinalizer(() => Effect.die(new Error("broken at its end"))), quiet)
+        start: () => Effect.as(Effect.addFinalizer(() => Effect.die(new Error("broken at its end"))), quiet)
       })
     ], { kernel: makeGuestFile("vmlinuz", Effect.die(new Error("broken"))) }]
   }

@@ -139,7 +139,7 @@ export class DeviceActor {
 
   /** Starts the first generation of the device. Its resources belong to the scope, wherever the device is when it closes. */
   readonly start: Effect.Effect<void, DeviceFailure, Scope.Scope> = Effect.suspend(() =>
-    Effect.acquireRelease(this.#startGeneration, () => this.#endGeneration(Exit.void))
+    Effect.andThen(Effect.addFinalizer(() => this.#endGeneration(Exit.void)), this.#startGeneration)
   )
 
   /** Works until interrupted; restarts the device by its policy; fails when the policy gives up. */

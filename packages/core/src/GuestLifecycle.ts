@@ -6,6 +6,7 @@
  * `stop` returns after every loop of the guest has stopped, as the protocol file promises. Interrupting `run` is a forced
  * halt too. Any number of clients may use one lifecycle; when its scope closes, whatever it holds is gone.
  */
+import * as Cause from "effect/Cause"
 import * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
@@ -15,7 +16,7 @@ import * as Option from "effect/Option"
 import * as Result from "effect/Result"
 import * as Scope from "effect/Scope"
 import * as Semaphore from "effect/Semaphore"
-import type { DeviceCatalog } from "./DeviceCatalog.ts"
+import { DeviceCatalog } from "./DeviceCatalog.ts"
 import { type Epitaph, type Guest, makeGuest } from "./Guest.ts"
 import { decodeGuestConfig, type GuestConfig, type GuestConfigInput } from "./GuestConfig.ts"
 import {
@@ -27,7 +28,7 @@ import {
   NotCreated
 } from "./GuestError.ts"
 import type { GuestStop } from "./GuestStop.ts"
-import type { Hypervisor } from "./Hypervisor.ts"
+import { Hypervisor } from "./Hypervisor.ts"
 import { type LifecycleState, LifecycleTable } from "./LifecycleTable.ts"
 import { type Machine, makeMachine } from "./Machine.ts"
 
@@ -46,6 +47,9 @@ interface Instance {
 
 const NONE: Epitaph = { _tag: "none" }
 
+/** What `Effect.uninterruptibleMask` gives. */
+type Restore = <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.Effect<A, E, R>
+
 /** Creates, runs and stops one guest at a time. */
 export class GuestLifecycle extends Context.Service<GuestLifecycle, {
   /**
@@ -60,7 +64,8 @@ export class GuestLifecycle extends Context.Service<GuestLifecycle, {
   readonly bind: Effect.Effect<Guest, GuestError>
   /**
    * Runs the guest and returns how it ended. Fails with `NOT_CREATED`, `ALREADY_RUNNING`, `VCPU_START_FAILURE`,
-   * `VCPU_RUNTIME_FAILURE`, or `CONTROLLER_FORCED_HALT` when `stop` ended it. The guest is gone when this returns.
+   * `VCPU_RUNTIME_FAILURE`, `INTERNAL_ERROR`, with `CONTROLLER_FORCED_HALT` when `stop` ended it, or, where a reset runs the
+   * guest again, as `create` does. The guest is gone when this returns.
    */
   readonly run: Effect.Effect<GuestStop, GuestError>
   /** Ends the guest. Returns when every loop of it has stopped; `create` can be called again then. */
@@ -79,13 +84,26 @@ const forcedHalt = new GuestError({
   reason: new ControllerForcedHalt({ operation: "run", detail: "the guest was stopped by its controller" })
 })
 
-const defectIn = (operation: string) => (defect: unknown): Effect.Effect<never, GuestError> =>
-  fail(
+/**
+ * Why an operation failed, as a typed error: its own if it has one, otherwise what died under it. The interruption of a client
+ * stays what it is.
+ */
+const typed = (operation: string) => (cause: Cause.Cause<GuestError>): Effect.Effect<never, GuestError> => {
+  const error = Cause.findErrorOption(cause)
+  if (Option.isSome(error)) return Effect.fail(error.value)
+  if (Cause.hasInterrupts(cause)) return Effect.failCause(cause)
+  const defect = Cause.squash(cause)
+  return fail(
     new InternalError({
       operation,
       detail: `an unexpected defect: ${defect instanceof Error ? defect.message : String(defect)}`
     })
   )
+}
+
+const ownerGone = new GuestError({
+  reason: new InternalError({ operation: "create", detail: "the lifecycle's owner is gone: its scope has closed" })
+})
 
 const alreadyRunning = (operation: string): Effect.Effect<never, GuestError> =>
   fail(new AlreadyRunning({ operation, detail: "a guest is running", hint: "Call stop first, and wait for it" }))
@@ -94,7 +112,10 @@ const notCreated = (operation: string): Effect.Effect<never, GuestError> =>
   fail(new NotCreated({ operation, detail: "there is no guest", hint: "Call create first" }))
 
 const make = Effect.gen(function*() {
-  const context = yield* Effect.context<Hypervisor | DeviceCatalog>()
+  const hypervisor = yield* Hypervisor
+  const catalog = yield* DeviceCatalog
+  const closing = Deferred.makeUnsafe<never, GuestError>()
+  let closed = false
   // Create and the stop of a guest that does not run take turns, so that they see the whole of each other.
   const turn = yield* Semaphore.make(1)
   let instance: Instance | undefined
@@ -105,6 +126,8 @@ const make = Effect.gen(function*() {
     Effect.uninterruptible(
       Deferred.succeed(ended.epitaph, epitaph).pipe(
         Effect.andThen(Scope.close(ended.scope, exit)),
+        // A device that breaks at its end has had its turn: the others have ended too, and the guest is gone.
+        Effect.catchCause((cause) => Effect.logError("a device died while its machine was taken apart", cause)),
         Effect.andThen(Effect.sync(() => {
           if (instance === ended) instance = undefined
         })),
@@ -113,29 +136,32 @@ const make = Effect.gen(function*() {
       )
     )
 
-  const build = (config: GuestConfig): Effect.Effect<void, GuestError> =>
-    Effect.uninterruptibleMask(Effect.fnUntraced(function*(restore) {
-      const scope = yield* Scope.make()
-      const machine = yield* restore(makeMachine(config)).pipe(
-        Effect.catchDefect(defectIn("create")),
-        // The machine's scope first: the context is that of a layer and carries the layer's own scope.
-        Scope.provide(scope),
-        Effect.provide(context),
-        Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void)
-      )
-      const epitaph = Deferred.makeUnsafe<Epitaph>()
-      instance = {
-        machine,
-        scope,
-        guest: makeGuest(machine.services, Deferred.await(epitaph)),
-        epitaph,
-        stopRequested: Deferred.makeUnsafe<void>(),
-        gone: Deferred.makeUnsafe<void>(),
-        running: false
-      }
-    }))
+  /** Builds a guest, uninterruptibly but for what `restore` makes interruptible. */
+  const build = Effect.fnUntraced(function*(config: GuestConfig, restore: Restore) {
+    const scope = yield* Scope.make()
+    const making = makeMachine(config).pipe(
+      Scope.provide(scope),
+      Effect.provideService(Hypervisor, hypervisor),
+      Effect.provideService(DeviceCatalog, catalog)
+    )
+    const machine = yield* restore(Effect.raceFirst(making, Deferred.await(closing))).pipe(
+      Effect.tap(() => closed ? Effect.fail(ownerGone) : Effect.void),
+      Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void),
+      Effect.catchCause(typed("create"))
+    )
+    const epitaph = Deferred.makeUnsafe<Epitaph>()
+    instance = {
+      machine,
+      scope,
+      guest: makeGuest(machine.services, Deferred.await(epitaph)),
+      epitaph,
+      stopRequested: Deferred.makeUnsafe<void>(),
+      gone: Deferred.makeUnsafe<void>(),
+      running: false
+    }
+  })
 
-  /** Takes a guest that does not run apart. From here on nobody can bind or run it. */
+  /** Takes a guest that does not run apart. From the call on nobody can bind or run it; the effect must not be interrupted. */
   const discard = (epitaph: Epitaph): Effect.Effect<void> => {
     const discarded = instance
     instance = undefined
@@ -143,13 +169,16 @@ const make = Effect.gen(function*() {
   }
 
   const create = (input: GuestConfigInput): Effect.Effect<void, GuestError> =>
-    turn.withPermit(Effect.suspend(() => {
-      const transition = LifecycleTable[state()].create
-      if (transition === "ALREADY_RUNNING") return alreadyRunning("create")
-      const config = decodeGuestConfig(input)
-      const built = Result.isFailure(config) ? fail(config.failure) : build(config.success)
-      return transition === "replace" ? Effect.andThen(discard(NONE), built) : built
-    }))
+    turn.withPermit(Effect.uninterruptibleMask((restore) =>
+      Effect.suspend(() => {
+        if (closed) return Effect.fail(ownerGone)
+        const transition = LifecycleTable[state()].create
+        if (transition === "ALREADY_RUNNING") return alreadyRunning("create")
+        const config = decodeGuestConfig(input)
+        const built = Result.isFailure(config) ? fail(config.failure) : build(config.success, restore)
+        return transition === "replace" ? Effect.andThen(discard(NONE), built) : built
+      })
+    ))
 
   const bind = Effect.suspend(() =>
     instance === undefined || LifecycleTable[state()].bind === "NOT_CREATED"
@@ -159,7 +188,7 @@ const make = Effect.gen(function*() {
 
   const runToEnd = (running: Instance): Effect.Effect<GuestStop, GuestError> =>
     Effect.raceFirst(
-      running.machine.run,
+      Effect.catchCause(running.machine.run, typed("run")),
       Effect.andThen(Deferred.await(running.stopRequested), Effect.fail(forcedHalt))
     )
 
@@ -170,7 +199,7 @@ const make = Effect.gen(function*() {
       if (transition === "ALREADY_RUNNING") return alreadyRunning("run")
       if (running === undefined || transition === "NOT_CREATED") return notCreated("run")
       running.running = true
-      return Effect.onExit(restore(runToEnd(running)), (exit) => end(running, epitaphOf(exit), exit))
+      return Effect.onExit(restore(runToEnd(running)), (exit) => end(running, epitaphOf(exit, running.machine), exit))
     })
   )
 
@@ -179,23 +208,26 @@ const make = Effect.gen(function*() {
     if (stopping !== undefined && LifecycleTable[state()].stop === "halt") {
       return Effect.andThen(Deferred.succeed(stopping.stopRequested, undefined), Deferred.await(stopping.gone))
     }
-    return turn.withPermit(Effect.suspend(() => {
-      switch (LifecycleTable[state()].stop) {
-        case "nothing":
-          return Effect.void
-        case "discard":
-          return discard({ _tag: "ZX_ERR_INTERNAL", reason: undefined })
-        case "halt":
-          return stop
-      }
-    }))
+    return turn.withPermit(Effect.uninterruptibleMask((restore) =>
+      Effect.suspend(() => {
+        switch (LifecycleTable[state()].stop) {
+          case "nothing":
+            return Effect.void
+          case "discard":
+            return discard({ _tag: "ZX_ERR_INTERNAL", reason: undefined })
+          case "halt":
+            return restore(stop)
+        }
+      })
+    ))
   })
 
-  // The owner goes: clients get no epitaph, a pending run ends as a forced halt.
+  // The owner goes: clients get no epitaph, a pending run ends as a forced halt, a pending create fails.
   yield* Effect.addFinalizer(() =>
     Effect.suspend(() => {
-      if (instance === undefined) return Effect.void
-      Deferred.doneUnsafe(instance.epitaph, Exit.succeed(NONE))
+      closed = true
+      Deferred.doneUnsafe(closing, Exit.fail(ownerGone))
+      if (instance !== undefined) Deferred.doneUnsafe(instance.epitaph, Exit.succeed(NONE))
       return stop
     })
   )
@@ -203,12 +235,12 @@ const make = Effect.gen(function*() {
   return { create, bind, run, stop }
 })
 
-/** What clients learn from how `run` ended. A guest whose first vCPU did not start leaves no epitaph. */
-const epitaphOf = (exit: Exit.Exit<GuestStop, GuestError>): Epitaph => {
+/** What clients learn from how `run` ended. A guest whose vCPUs have never started leaves no epitaph. */
+const epitaphOf = (exit: Exit.Exit<GuestStop, GuestError>, machine: Machine): Epitaph => {
   if (Exit.isSuccess(exit)) return { _tag: "ZX_OK" }
   const reason = Option.match(Exit.findErrorOption(exit), {
     onNone: () => forcedHalt.reason,
     onSome: (error) => error.reason
   })
-  return reason._tag === "VCPU_START_FAILURE" ? NONE : { _tag: "ZX_ERR_INTERNAL", reason }
+  return reason._tag === "VCPU_START_FAILURE" && !machine.hasLived() ? NONE : { _tag: "ZX_ERR_INTERNAL", reason }
 }

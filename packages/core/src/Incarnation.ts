@@ -242,17 +242,19 @@ export const runIncarnation = (
   services: Context.Context<never>
 ): Effect.Effect<GuestStop, GuestError> => {
   const { actors, entry, outcome, scope, vm } = incarnation
-  const die = (what: string) => (cause: Cause.Cause<unknown>): void => {
-    if (Cause.hasInterruptsOnly(cause)) return
+  const die = (what: string, cause: Cause.Cause<unknown>): Effect.Effect<void> => {
+    if (Cause.hasInterruptsOnly(cause)) return Effect.void
     const error = Cause.squash(cause)
     const detail = `${what} died: ${error instanceof Error ? error.message : String(error)}`
-    Deferred.doneUnsafe(outcome, Exit.fail(() => new InternalError({ operation: "run", detail })))
+    const decides = !Cause.hasInterrupts(cause) &&
+      Deferred.doneUnsafe(outcome, Exit.fail(() => new InternalError({ operation: "run", detail })))
+    // What dies after the end of this life changes nothing about how it ended.
+    return decides ? Effect.void : Effect.logError(`${what} died while its machine was taken apart`, cause)
   }
   const supervise = <E>(what: string, effect: Effect.Effect<void, E>): Effect.Effect<void, never, Scope.Scope> =>
-    Effect.forkScoped(Effect.onExit(effect, (exit) =>
-      Effect.sync(() => {
-        if (Exit.isFailure(exit)) die(what)(exit.cause)
-      })))
+    Effect.forkScoped(
+      Effect.onExit(effect, (exit) => Exit.isFailure(exit) ? die(what, exit.cause) : Effect.void)
+    )
   const runVcpus = Effect.gen(function*() {
     const vcpus: Array<Vcpu> = []
     for (let id = 0; id < config.cpus; id++) vcpus.push(yield* startFailure(vm.createVcpu(id), id))

@@ -30,6 +30,8 @@ export interface Machine {
   readonly services: Context.Context<never>
   /** Runs the guest to its end. Run it once. Interruption ends the guest and returns when nothing of it is left. */
   readonly run: Effect.Effect<GuestStop, GuestError>
+  /** Whether a life of the guest has come to its end. */
+  readonly hasLived: () => boolean
 }
 
 const fail = (reason: GuestErrorReason): Effect.Effect<never, GuestError> => Effect.fail(new GuestError({ reason }))
@@ -59,15 +61,18 @@ export const makeMachine: (
     const services = yield* publishServices(devices)
     const build = buildIncarnation(config, devices, scope)
     let incarnation = yield* build
+    let lived = false
     const run = Effect.gen(function*() {
       for (;;) {
         const stop = yield* runIncarnation(incarnation, config, services)
+        lived = true
         if (stop._tag !== "Reset" || policy.reset === "stop") return stop
         incarnation = yield* build
       }
     })
     return {
       services,
+      hasLived: () => lived,
       run: Effect.provideService(run, MachinePolicy, policy).pipe(Effect.provideService(Hypervisor, hypervisor))
     }
   }

@@ -15,7 +15,7 @@ export interface MachinePolicy {
 }
 
 /**
- * The policy in force where a guest is created and run. The default stops at a reset, and starts a failed device again up to
+ * The policy in force where a guest is created; it stays that guest's. The default stops at a reset, and starts a failed device again up to
  * five times, after 10, 20, 40, 80 and 160 ms.
  */
 export const MachinePolicy: Context.Reference<MachinePolicy> = Context.Reference("@troupe/core/MachinePolicy", {
