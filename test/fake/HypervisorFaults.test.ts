@@ -7,6 +7,9 @@ import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Fiber from "effect/Fiber"
+import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
+import * as Scope from "effect/Scope"
 import * as fc from "fast-check"
 import { goodConfig, layerLifecycle, makeRemote, type Remote } from "./TestGuest.ts"
 
@@ -146,6 +149,38 @@ describe("a cycle that is interrupted", () => {
         }
         assert.isTrue(Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause), `seed ${seed}, step ${step}`)
         assert.deepStrictEqual(world.waiting, [], `seed ${seed}, step ${step}`)
+        steps++
+      }
+    }
+    assert.isAbove(steps, 100)
+  })
+})
+
+describe("a lifecycle whose owner goes", () => {
+  const createOnly = Effect.flatMap(GuestLifecycle, (lifecycle) => lifecycle.create(goodConfig))
+
+  it("leaves nothing open and nobody waiting, at every step of a cycle that nobody interrupts", () => {
+    let steps = 0
+    for (let seed = 0; seed < 16; seed++) {
+      for (let step = 0;; step++) {
+        const at = `seed ${seed}, step ${step}`
+        const world = Simulation.make({ seed })
+        const scope = Scope.makeUnsafe()
+        const remote = makeRemote({ standingOrder: "power-off" })
+        const built = world.run(Layer.buildWithScope(layerLifecycle([remote.factory]), scope))
+        if (Exit.isFailure(built)) throw new Error(Cause.pretty(built.cause))
+        const fiber = world.fork(Effect.provide(seed % 2 === 0 ? cycle : createOnly, built.value))
+        world.advance(step)
+        const over = fiber.pollUnsafe() !== undefined
+        assert.deepStrictEqual(world.run(Scope.close(scope, Exit.void)), Exit.void, at)
+        const exit = world.finish(fiber)
+        if (Exit.isFailure(exit)) {
+          assert.isTrue(Option.isSome(Exit.findErrorOption(exit)), `${at}: ${Cause.pretty(exit.cause)}`)
+        }
+        const open = Effect.flatMap(fake, (it) => it.openResources)
+        assert.deepStrictEqual(world.run(Effect.provide(open, built.value)), Exit.succeed([]), at)
+        assert.deepStrictEqual(world.waiting, [], at)
+        if (over) break
         steps++
       }
     }
