@@ -17,7 +17,21 @@ import {
   REQUEST_INSPECT,
   REQUEST_STOP
 } from "./thread/VcpuControl.ts"
-import type { VcpuRunner } from "./VcpuRunner.ts"
+import type { VcpuStats } from "./VcpuStats.ts"
+
+/** What the watch needs of a vCPU. */
+export interface WatchedVcpu {
+  /** Whether a thread is running it now. */
+  readonly isRunning: boolean
+  /** Set by the watch before it has the vCPU stop. */
+  halted: boolean
+  /** The words that it shares with its thread. */
+  readonly control: Int32Array<SharedArrayBuffer>
+  /** `stats` is `undefined` where the kernel has none. */
+  readonly parts: { readonly stats: VcpuStats | undefined }
+  /** Makes a request of its thread. */
+  readonly request: (request: number) => void
+}
 
 /** Time between two looks. Two looks and an inspection make the longest time until a halt is noticed. */
 const LOOK_INTERVAL = "600 millis"
@@ -26,7 +40,7 @@ const ANSWER_INTERVAL = "5 millis"
 const ANSWER_STEPS = 40
 
 /** What a vCPU was last seen doing: how often it had halted, or -1 when it was not blocked for all that is known. */
-const look = (runner: VcpuRunner): number => {
+const look = (runner: WatchedVcpu): number => {
   if (!runner.isRunning) return -1
   const stats = runner.parts.stats
   if (stats === undefined) return (runner.control[CONTROL_EXITS] ?? 0) >>> 0
@@ -36,16 +50,16 @@ const look = (runner: VcpuRunner): number => {
 const isSame = (a: ReadonlyArray<number>, b: ReadonlyArray<number>): boolean =>
   a.length === b.length && a.every((value, i) => value === b[i])
 
-const isHaltedForGood = (runner: VcpuRunner): boolean =>
+const isHaltedForGood = (runner: WatchedVcpu): boolean =>
   runner.control[CONTROL_MP_STATE] === KvmValue.KVM_MP_STATE_HALTED && runner.control[CONTROL_INTERRUPTS_ENABLED] === 0
 
-const isNotStarted = (runner: VcpuRunner): boolean => {
+const isNotStarted = (runner: WatchedVcpu): boolean => {
   const state = runner.control[CONTROL_MP_STATE]
   return state === KvmValue.KVM_MP_STATE_UNINITIALIZED || state === KvmValue.KVM_MP_STATE_INIT_RECEIVED
 }
 
 /** Has every vCPU publish its state; `false` when one does not in time. */
-const inspect = Effect.fnUntraced(function*(runners: ReadonlyArray<VcpuRunner>) {
+const inspect = Effect.fnUntraced(function*(runners: ReadonlyArray<WatchedVcpu>) {
   const before = runners.map((runner) => Atomics.load(runner.control, CONTROL_INSPECTIONS))
   for (const runner of runners) runner.request(REQUEST_INSPECT)
   for (let step = 0; step < ANSWER_STEPS; step++) {
@@ -56,7 +70,7 @@ const inspect = Effect.fnUntraced(function*(runners: ReadonlyArray<VcpuRunner>) 
 })
 
 /** Watches the vCPUs of one machine; ends them when all have halted for good. Never returns. */
-export const haltWatch = Effect.fnUntraced(function*(runners: ReadonlyArray<VcpuRunner>) {
+export const haltWatch = Effect.fnUntraced(function*(runners: ReadonlyArray<WatchedVcpu>) {
   let last: ReadonlyArray<number> = []
   let inspected: ReadonlyArray<number> = []
   for (;;) {
