@@ -21,8 +21,9 @@ export const REQUIRED_TIERS_VARIABLE = "TROUPE_REQUIRE_TIERS"
 
 const isTier = (name: string): name is Tier => TIERS.some((tier) => tier === name)
 
-/** Why `path` cannot be opened for reading and writing, in a sentence; undefined when it can. */
+/** Why this machine's KVM cannot be used, in a sentence; undefined when it can, as far as opening it tells. */
 export const whyNoKvm = (path = "/dev/kvm"): string | undefined => {
+  if (process.arch !== "x64") return `guests are x86-64, and this machine is ${process.arch}`
   try {
     closeSync(openSync(path, constants.O_RDWR))
     return undefined
