@@ -163,17 +163,26 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
   const spawn = Effect.callback<PooledThread, HypervisorError>((resume) => {
     const extension = import.meta.url.endsWith(".ts") ? "ts" : "js"
     program ??= threadProgram(new URL(`./thread/VcpuThreadMain.${extension}`, import.meta.url))
-    const worker = new Worker(program.source, {
-      ...WORKER_OPTIONS,
-      eval: program.isScript,
-      workerData: ffi.functions.name,
-      name: "vcpu"
-    })
-    worker.unref()
     const failed = (cause: unknown) => resume(Effect.fail(startFailure(cause)))
+    let worker: Worker
+    try {
+      worker = new Worker(program.source, {
+        ...WORKER_OPTIONS,
+        eval: program.isScript,
+        workerData: ffi.functions.name,
+        name: "vcpu"
+      })
+    } catch (cause) {
+      // The operating system gives no more threads.
+      return failed(cause)
+    }
+    worker.unref()
+    const ended = (code: number) => failed(new Error(`it ended with code ${code} before it was ready`))
     worker.once("error", failed)
+    worker.once("exit", ended)
     worker.once("message", (threadId: number) => {
       worker.off("error", failed)
+      worker.off("exit", ended)
       resume(Effect.succeed(new PooledThread(worker, threadId, kick)))
     })
     return Effect.promise(() => worker.terminate())
