@@ -127,6 +127,28 @@ describe("a device that fails", () => {
       { numRuns: 50 }
     )
   })
+
+  it("takes the machine with it in the middle of an access to another device", () => {
+    const program = GuestProgram.make(function*(cpu) {
+      yield* cpu.out8(COM1, 0x30)
+      yield* cpu.out8(FRAGILE_PORT, 0)
+      yield* cpu.out8(COM1 + 3, 3)
+      yield* cpu.waitForInterrupt()
+    })
+    for (let seed = 0; seed < 100; seed++) {
+      const fragile = makeFragile({ policy: { _tag: "escalate" } })
+      Simulation.check(
+        Effect.gen(function*() {
+          const lifecycle = yield* GuestLifecycle
+          yield* lifecycle.create({ ...goodConfig, cpus: 1, kernel: GuestProgram.kernel(program) })
+          const result = yield* Effect.result(lifecycle.run)
+          assert.strictEqual(result._tag === "Failure" ? result.failure.reason.device : "", "fragile0")
+          yield* noneOpen
+        }).pipe(Effect.provide(layerLifecycle([fragile.factory]))),
+        { seed }
+      )
+    }
+  })
 })
 
 /** Counts its lives in a device, resets by one of the ways a few times, and turns the machine off. */

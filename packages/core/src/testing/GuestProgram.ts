@@ -27,6 +27,7 @@
  */
 import type { GuestMemory } from "../GuestMemory.ts"
 import type { GuestProgram } from "./GuestCpu.ts"
+import { makeElfKernel } from "./KernelImages.ts"
 
 export type {
   AccessSize,
@@ -66,7 +67,7 @@ const programs = new Map<number, WeakRef<GuestProgram>>()
 const forgotten = new FinalizationRegistry<number>((id) => programs.delete(id))
 const recent: Array<GuestProgram> = []
 const owners = new WeakMap<Uint8Array, GuestProgram>()
-const images = new WeakMap<GuestProgram, Map<string, WeakRef<Uint8Array<ArrayBuffer>>>>()
+const images = new WeakMap<GuestProgram, Map<string, WeakRef<Uint8Array>>>()
 const ids = new WeakMap<GuestProgram, number>()
 let nextId = 1
 
@@ -88,20 +89,40 @@ const nextRecent = (): number => {
 }
 
 /** The kernel image of a program. The same program and options give the same bytes object as long as somebody holds it. */
-export const kernel = (program: GuestProgram, options: KernelOptions = {}): Uint8Array<ArrayBuffer> => {
+export const kernel = (program: GuestProgram, options: KernelOptions = {}): Uint8Array => {
   const format = options.format ?? "pvh"
   const address = options.address ?? DEFAULT_ADDRESS
   const key = `${format}@${address}`
-  const known = images.get(program) ?? new Map<string, WeakRef<Uint8Array<ArrayBuffer>>>()
+  const known = images.get(program) ?? new Map<string, WeakRef<Uint8Array>>()
   images.set(program, known)
   const id = register(program)
   const made = known.get(key)?.deref()
   if (made !== undefined) return made
-  const image = elf(id, format, address)
+  const image = elfImage(codeOf(id), format, address)
   owners.set(image, program)
   known.set(key, new WeakRef(image))
   return image
 }
+
+/**
+ * The code of a program, for a test that puts it into memory itself: 12 bytes for the address where the boot vCPU starts.
+ * They do not keep the program alive.
+ */
+export const code = (program: GuestProgram): Uint8Array => codeOf(register(program))
+
+const codeOf = (id: number): Uint8Array => {
+  const bytes = new Uint8Array(CODE_SIZE)
+  bytes.set(SIGNATURE)
+  new DataView(bytes.buffer).setUint32(SIGNATURE.length, id, true)
+  return bytes
+}
+
+const elfImage = (bytes: Uint8Array, format: KernelFormat, address: number): Uint8Array =>
+  makeElfKernel({
+    segments: [{ guestAddress: address, bytes }],
+    entry: address,
+    ...(format === "pvh" ? { pvhEntry: address } : {})
+  })
 
 /** The program whose code lies at a guest physical address, or `undefined`. */
 export const programAt = (memory: GuestMemory, address: number): GuestProgram | undefined => {
@@ -109,70 +130,4 @@ export const programAt = (memory: GuestMemory, address: number): GuestProgram | 
   if (code === undefined || SIGNATURE.some((byte, index) => code[index] !== byte)) return undefined
   const id = new DataView(code.buffer, code.byteOffset).getUint32(SIGNATURE.length, true)
   return programs.get(id)?.deref()
-}
-
-const ELF_HEADER_SIZE = 64
-const PROGRAM_HEADER_SIZE = 56
-const ET_EXEC = 2
-const EM_X86_64 = 62
-const PT_LOAD = 1
-const PT_NOTE = 4
-const PF_R_X = 5
-/** Note type of the PVH entry point (Xen: `public/elfnote.h`). */
-const XEN_ELFNOTE_PHYS32_ENTRY = 18
-const NOTE_NAME = Uint8Array.of(0x58, 0x65, 0x6e, 0) // "Xen"
-const NOTE_SIZE = 12 + NOTE_NAME.length + 4
-const CODE_OFFSET = 0x1000
-
-/** A 64-bit ELF executable (System V ABI, chapters 4 and 5): one loaded segment and, for PVH, one note. */
-const elf = (id: number, format: KernelFormat, address: number): Uint8Array<ArrayBuffer> => {
-  const bytes = new Uint8Array(CODE_OFFSET + CODE_SIZE)
-  const view = new DataView(bytes.buffer)
-  const headers = format === "pvh" ? 2 : 1
-  bytes.set([0x7f, 0x45, 0x4c, 0x46, 2, 1, 1]) // magic, 64-bit, little-endian, version
-  view.setUint16(16, ET_EXEC, true)
-  view.setUint16(18, EM_X86_64, true)
-  view.setUint32(20, 1, true) // e_version
-  setUint64(view, 24, address) // e_entry
-  setUint64(view, 32, ELF_HEADER_SIZE) // e_phoff
-  view.setUint16(52, ELF_HEADER_SIZE, true)
-  view.setUint16(54, PROGRAM_HEADER_SIZE, true)
-  view.setUint16(56, headers, true)
-  programHeader(view, ELF_HEADER_SIZE, PT_LOAD, CODE_OFFSET, address, CODE_SIZE, 0x1000)
-  if (format === "pvh") {
-    const note = ELF_HEADER_SIZE + headers * PROGRAM_HEADER_SIZE
-    programHeader(view, ELF_HEADER_SIZE + PROGRAM_HEADER_SIZE, PT_NOTE, note, 0, NOTE_SIZE, 4)
-    view.setUint32(note, NOTE_NAME.length, true)
-    view.setUint32(note + 4, 4, true)
-    view.setUint32(note + 8, XEN_ELFNOTE_PHYS32_ENTRY, true)
-    bytes.set(NOTE_NAME, note + 12)
-    view.setUint32(note + 12 + NOTE_NAME.length, address, true)
-  }
-  bytes.set(SIGNATURE, CODE_OFFSET)
-  view.setUint32(CODE_OFFSET + SIGNATURE.length, id, true)
-  return bytes
-}
-
-const programHeader = (
-  view: DataView,
-  at: number,
-  type: number,
-  offset: number,
-  address: number,
-  size: number,
-  align: number
-): void => {
-  view.setUint32(at, type, true)
-  view.setUint32(at + 4, PF_R_X, true)
-  setUint64(view, at + 8, offset)
-  setUint64(view, at + 16, address)
-  setUint64(view, at + 24, address)
-  setUint64(view, at + 32, size)
-  setUint64(view, at + 40, size)
-  setUint64(view, at + 48, align)
-}
-
-const setUint64 = (view: DataView, at: number, value: number): void => {
-  view.setUint32(at, value % 2 ** 32, true)
-  view.setUint32(at + 4, Math.floor(value / 2 ** 32), true)
 }

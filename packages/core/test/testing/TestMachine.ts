@@ -48,7 +48,6 @@ export const stateAt = (rip: number): VcpuState => ({
 /** Size of a test machine's memory in bytes. */
 export const MEMORY_SIZE = 0x20_0000
 const CODE = 0x10_0000
-const CODE_OFFSET_IN_IMAGE = 0x1000
 
 /** Handlers that take everything and answer reads with 0. */
 export const quietHandlers: BusHandlers = {
@@ -92,8 +91,7 @@ export const testMachine = Effect.fnUntraced(function*(
   const hypervisor = yield* Hypervisor
   const vm = yield* hypervisor.createVm
   const memory = yield* vm.addMemory(0, MEMORY_SIZE)
-  const image = GuestProgram.kernel(program)
-  memory.bytes.set(image.subarray(CODE_OFFSET_IN_IMAGE), CODE)
+  memory.bytes.set(GuestProgram.code(program), CODE)
   const bus = Bus.make(options.ranges ?? [])
   if (!(bus instanceof Bus)) return yield* Effect.die(bus.message)
   let made: TestMachine | undefined
