@@ -180,6 +180,19 @@ const runDemo = async (effect: Effect.Effect<GuestStop, GuestError>): Promise<nu
   return 1
 }
 
+const linuxDemo = async (args: ReadonlyArray<string>): Promise<number> => {
+  try {
+    const code = await runLinuxDemo(args)
+    if (code === 130) print("\nStopped. Nothing of the machine is left.")
+    return code
+  } catch (cause) {
+    const wrongArguments = cause instanceof Error && "code" in cause && String(cause.code).startsWith("ERR_PARSE_ARGS")
+    if (!wrongArguments) throw cause
+    process.stderr.write(`${cause.message}\n\n${USAGE}`)
+    return 2
+  }
+}
+
 const [what, ...rest] = process.argv.slice(2)
 switch (what) {
   case undefined:
@@ -189,7 +202,7 @@ switch (what) {
     process.exitCode = await runDemo(onFake)
     break
   case "linux":
-    process.exitCode = await runLinuxDemo(rest)
+    process.exitCode = await linuxDemo(rest)
     break
   default:
     process.stdout.write(USAGE)
