@@ -130,11 +130,13 @@ export class AccessDispatcher {
     }
   }
 
-  /** Delivers a doorbell, after the writes that were posted before it. */
+  /** Delivers a doorbell, after the writes that were posted before it, unless their device has no room for them. */
   doorbell(range: number, index: number): void {
     if (this.#closed) return
     try {
-      this.#drain()
+      // What is in the ring now is bounded by its size; what comes meanwhile is not waited for.
+      const tail = this.#ring.tail
+      while (!this.#ring.reached(tail) && this.#drain() > 0);
       this.#handlers.doorbell(range, index)
     } catch (defect) {
       this.close()

@@ -101,11 +101,13 @@ describe("AccessDispatcher", () => {
   })
 
   it("delivers what was posted before a doorbell first", () => {
-    const { dispatcher, log, ring } = make({ vcpus: 1, accept: () => true })
-    ring.post(0, 1, 7, 0)
-    dispatcher.doorbell(0, 3)
-    assert.deepStrictEqual(log, ["p7", "d3"])
-    dispatcher.close()
+    for (const count of [1, 1024]) {
+      const { dispatcher, log, ring } = make({ vcpus: 1, accept: () => true, capacity: 1024 })
+      for (let i = 0; i < count; i++) assert.isTrue(ring.post(0, 1, i, 0))
+      dispatcher.doorbell(0, 3)
+      assert.deepStrictEqual(log, [...Array.from({ length: count }, (_, i) => `p${i}`), "d3"])
+      dispatcher.close()
+    }
   })
 
   it("ignores an answer that nobody waits for", () => {
