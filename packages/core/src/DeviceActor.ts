@@ -19,6 +19,8 @@ export const MAILBOX_CAPACITY = 2048
 export const CALL_RESERVE = 512
 /** The most accesses handled in one turn before other fibers run. */
 export const TURN_ACCESSES = 512
+/** Turns that a device is given at the end of its machine to answer the doorbells that were rung. */
+export const SETTLE_TURNS = 256
 /** Signals are numbered below this. */
 export const SIGNAL_LIMIT = 32
 
@@ -68,6 +70,8 @@ export class DeviceActor {
   readonly #doorbellRanges: Uint16Array
   readonly #doorbellIndexes: Uint16Array
   readonly #doorbellWaits: Uint8Array
+  /** How many accesses are handled before a doorbell that waits: all that were delivered before it was rung last. */
+  readonly #doorbellAfter: Float64Array
   readonly #doorbellBase: Uint16Array
   #doorbellsWaiting = 0
   #signals = 0
@@ -90,6 +94,7 @@ export class DeviceActor {
     this.#doorbellRanges = Uint16Array.from(doorbells, (doorbell) => doorbell.index)
     this.#doorbellIndexes = Uint16Array.from(doorbells, (doorbell) => doorbell.bell)
     this.#doorbellWaits = new Uint8Array(doorbells.length)
+    this.#doorbellAfter = new Float64Array(doorbells.length)
     this.#doorbellBase = new Uint16Array(device.ranges.length)
     let base = 0
     device.ranges.forEach((range, index) => {
@@ -127,6 +132,7 @@ export class DeviceActor {
       this.#doorbellWaits[index] = 1
       this.#doorbellsWaiting++
     }
+    this.#doorbellAfter[index] = this.#handled + this.#count
     this.#wake?.()
   }
 
@@ -158,12 +164,18 @@ export class DeviceActor {
     )
   })
 
-  /** Returns when the accesses that wait now have been handled; at once when the device does not work now. */
+  /**
+   * Returns when the accesses that wait now have been handled and the doorbells answered, as far as {@link SETTLE_TURNS} turns
+   * are enough for those; at once when the device does not work now.
+   */
   readonly settled: Effect.Effect<void> = Effect.suspend(() => {
     const handled = this.#handled + this.#count
-    const wait: Effect.Effect<void> = Effect.suspend(() =>
-      this.#handled >= handled || this.#current === undefined ? Effect.void : Effect.andThen(Effect.yieldNow, wait)
-    )
+    let turns = 0
+    const wait: Effect.Effect<void> = Effect.suspend(() => {
+      if (this.#current === undefined) return Effect.void
+      if (this.#handled >= handled && (this.#doorbellsWaiting === 0 || turns++ >= SETTLE_TURNS)) return Effect.void
+      return Effect.andThen(Effect.yieldNow, wait)
+    })
     return wait
   })
 
@@ -280,7 +292,7 @@ export class DeviceActor {
 
   #ringDoorbells(behaviour: DeviceBehaviour): void {
     for (let index = 0; index < this.#doorbellWaits.length; index++) {
-      if (this.#doorbellWaits[index] === 0) continue
+      if (this.#doorbellWaits[index] === 0 || (this.#doorbellAfter[index] ?? 0) > this.#handled) continue
       this.#doorbellWaits[index] = 0
       this.#doorbellsWaiting--
       const more = behaviour.doorbell?.(this.#doorbellRanges[index] ?? 0, this.#doorbellIndexes[index] ?? 0) ?? false

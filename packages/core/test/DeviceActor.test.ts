@@ -246,4 +246,43 @@ describe("DeviceActor", () => {
       yield* Effect.scoped(actor.start)
       assert.strictEqual(world.open, 0)
     }))
+
+  it.effect("rings a doorbell after every access that was delivered before it, and after the last ring", () =>
+    Effect.scoped(Effect.gen(function*() {
+      const { actor, world } = makeActor(ESCALATE)
+      yield* actor.start
+      const post = (from: number, to: number) => {
+        for (let i = from; i < to; i++) assert.isTrue(actor.posted(0, 0, 1, i))
+      }
+      const first = 2 * TURN_ACCESSES
+      post(0, first)
+      actor.doorbell(0, 0)
+      actor.doorbell(0, 1)
+      post(first, first + 100)
+      actor.doorbell(0, 1)
+      yield* Effect.forkScoped(actor.run)
+      yield* actor.settled
+      const at = (text: string) => world.seen.indexOf(text)
+      assert.isAbove(at("doorbell 0"), at(`write 0 ${first - 1}`))
+      assert.isAbove(at("doorbell 1"), at(`write 0 ${first + 99}`))
+      assert.strictEqual(world.seen.filter((text) => text.startsWith("doorbell")).length, 2)
+    })))
+
+  it.effect("settles when the doorbells that were rung have been answered, but never waits for ever", () =>
+    Effect.scoped(Effect.gen(function*() {
+      for (const rounds of [0, 5, Number.POSITIVE_INFINITY]) {
+        let left = rounds
+        const { actor } = makeActor(ESCALATE, () => ({ doorbell: () => left-- > 0 }))
+        yield* actor.start
+        const fiber = yield* Effect.forkScoped(actor.run)
+        yield* settle
+        actor.doorbell(0, 1)
+        yield* actor.settled
+        if (rounds !== Number.POSITIVE_INFINITY) assert.strictEqual(left, -1)
+        yield* Fiber.interrupt(fiber)
+        actor.doorbell(0, 1)
+        // A device that does not work now is not waited for.
+        yield* actor.settled
+      }
+    })))
 })
