@@ -76,7 +76,11 @@ export class DeviceActor {
   #doorbellsWaiting = 0
   #signals = 0
 
+  /** Has the parked fiber work at once, in the middle of the delivery. */
   #wake: (() => void) | undefined
+  /** Has a task run by the fiber's scheduler. */
+  #schedule: ((task: () => void) => void) | undefined
+  #wakeScheduled = false
   #generation = 0
   #current: { readonly behaviour: DeviceBehaviour; readonly scope: Scope.Closeable } | undefined
 
@@ -116,12 +120,18 @@ export class DeviceActor {
       throw new Error(`${this.device.name}: more calls wait than there can be vCPUs`)
     }
     this.#push(isWrite ? KIND_WRITE : KIND_READ, range, offset, size, value, reply)
+    this.#wake?.()
   }
 
-  /** Delivers a posted write; `false` when there is no room. */
+  /**
+   * Delivers a posted write; `false` when there is no room. Nobody waits for it, so the device works on all that have come by
+   * the time that its fiber is scheduled: waking a fiber costs many times what a write costs.
+   */
   readonly posted = (range: number, offset: number, size: number, value: number): boolean => {
     if (this.#count >= MAILBOX_CAPACITY - CALL_RESERVE) return false
     this.#push(KIND_POSTED, range, offset, size, value, undefined)
+    if (this.#count >= TURN_ACCESSES) this.#wake?.()
+    else this.#wakeSoon()
     return true
   }
 
@@ -222,7 +232,13 @@ export class DeviceActor {
     return this.#count === 0 && this.#doorbellsWaiting === 0 && this.#signals === 0
   }
 
-  readonly #park: Effect.Effect<void> = Effect.callback<void>((resume) => {
+  readonly #park: Effect.Effect<void> = Effect.withFiber((fiber) => {
+    const dispatcher = fiber.currentDispatcher
+    this.#schedule = (task) => dispatcher.scheduleTask(task, 0)
+    return this.#parked
+  })
+
+  readonly #parked: Effect.Effect<void> = Effect.callback<void>((resume) => {
     if (!this.#idle) return resume(Effect.void)
     this.#wake = () => {
       this.#wake = undefined
@@ -244,6 +260,16 @@ export class DeviceActor {
     records[at + RECORD_VALUE] = value
     this.#replies[slot] = reply
     this.#count++
+  }
+
+  #wakeSoon(): void {
+    if (this.#wakeScheduled || this.#wake === undefined) return
+    this.#wakeScheduled = true
+    this.#schedule?.(this.#scheduledWake)
+  }
+
+  readonly #scheduledWake = (): void => {
+    this.#wakeScheduled = false
     this.#wake?.()
   }
 
