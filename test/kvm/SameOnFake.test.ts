@@ -127,8 +127,15 @@ const interpret = (script: ReadonlyArray<Access>) =>
     yield* cpu.waitForInterrupt()
   })
 
-/** Where `GuestProgram.kernel` keeps the code in its image. */
-const IMAGE_CODE = 0x1000
+/** The code of a program's image: the first loaded segment of an ELF file. */
+const codeOf = (image: Uint8Array): ReadonlyArray<number> => {
+  const segment = new DataView(image.buffer, image.byteOffset + ELF_HEADER_SIZE)
+  const offset = segment.getUint32(P_OFFSET, true)
+  return Array.from(image.subarray(offset, offset + segment.getUint32(P_FILESZ, true)))
+}
+const ELF_HEADER_SIZE = 64
+const P_OFFSET = 8
+const P_FILESZ = 32
 
 const pattern = (seed: number): Uint8Array => Uint8Array.from({ length: PAGE }, (_, i) => (i * 7 + seed) & 0xff)
 
@@ -179,9 +186,9 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("The fake and KVM"), () => {
             fc.asyncProperty(accesses, async (script) => {
               const code = asm(...script.map(compile), [0xba, ...dword(FENCE_PORT), 0xee], END)
               const onKvm = await run(scoped(observe(code, script)))
-              const image = GuestProgram.kernel(interpret(script)).slice(IMAGE_CODE)
+              const image = GuestProgram.kernel(interpret(script))
               const onFake = await Effect.runPromise(
-                scoped(observe(Array.from(image), script)).pipe(Effect.provide(FakeHypervisor.layer()))
+                scoped(observe(codeOf(image), script)).pipe(Effect.provide(FakeHypervisor.layer()))
               )
               assert.deepStrictEqual(onFake, onKvm)
             }),
