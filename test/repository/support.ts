@@ -40,7 +40,10 @@ export class Scratch implements Disposable {
     // Temporary files may be in a folder of the clone that git ignores; a repository of its own is not ignored.
     mkdirSync(join(this.folder, ".git"))
     if (options.withModules === true) symlinkSync(join(root, "node_modules"), join(this.folder, "node_modules"))
-    for (const file of configuration) copyFileSync(join(root, file), join(this.folder, file))
+    for (const file of configuration) {
+      mkdirSync(dirname(join(this.folder, file)), { recursive: true })
+      copyFileSync(join(root, file), join(this.folder, file))
+    }
     for (const [path, text] of Object.entries(sources)) {
       mkdirSync(dirname(join(this.folder, path)), { recursive: true })
       writeFileSync(join(this.folder, path), text)
