@@ -212,6 +212,26 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("troupe on KVM"), () => {
     assert.include(ended.stdout, "troupe-guest: echo hello there")
   })
 
+  it("stops the guest, and says why, when its output cannot be written any more", async () => {
+    const run = new Run(["run", "--kernel", GUEST, "--cmdline", "quiet echo"])
+    await run.printed("echo ready")
+    run.process.stdout?.destroy()
+    run.process.stdin?.write("hello there\n")
+    const ended = await run.ended
+    assert.strictEqual(ended.code, 1, ended.stderr)
+    assert.match(ended.stderr, /troupe: the guest's output cannot be written: .*EPIPE.*\n$/)
+    assert.notInclude(ended.stderr, "    at ")
+  })
+
+  it("goes on when nobody reads its messages", async () => {
+    const run = new Run(["run", "--kernel", GUEST, "--cmdline", "quiet echo"])
+    run.process.stderr?.destroy()
+    await run.printed("echo ready")
+    run.process.stdin?.end("quit\n")
+    const ended = await run.ended
+    assert.strictEqual(ended.code, 0, ended.stdout)
+  })
+
   it("stops the guest at a signal and exits with 130", async () => {
     for (const signal of ["SIGINT", "SIGTERM"] as const) {
       const run = new Run(["run", "--kernel", GUEST, "--cmdline", "quiet hang"])

@@ -7,6 +7,7 @@ import * as Effect from "effect/Effect"
 import { doctorCommand } from "../cli/DoctorCommand.ts"
 import { runCommand } from "../cli/RunCommand.ts"
 import { forceOnSecondSignal } from "../cli/Signals.ts"
+import { surviveLostStreams } from "../cli/Terminal.ts"
 import { version } from "../version.ts"
 
 const troupe = Command.make("troupe").pipe(
@@ -15,6 +16,7 @@ const troupe = Command.make("troupe").pipe(
 )
 
 forceOnSecondSignal()
+surviveLostStreams()
 troupe.pipe(
   Command.run({ version }),
   Effect.provide(NodeServices.layer),

@@ -11,10 +11,10 @@ import * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
 import { fromPath } from "../HostFile.ts"
 import * as KvmGuestLifecycle from "../KvmGuestLifecycle.ts"
-import { describeStop, exitCodeHelp, exitCodeOfError, exitCodeOfStop } from "./ExitCode.ts"
+import { describeStop, ExitCode, exitCodeHelp, exitCodeOfError, exitCodeOfStop } from "./ExitCode.ts"
 import { ExitStatus } from "./ExitStatus.ts"
 import { makeProgress } from "./Progress.ts"
-import { showOutput, typeInput } from "./Terminal.ts"
+import { OutputLost, showOutput, typeInput } from "./Terminal.ts"
 
 const flags = {
   kernel: Flag.String("kernel").pipe(
@@ -119,7 +119,9 @@ const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: s
     yield* typeInput(serial)
     // What the guest wrote last is still to be shown when it is gone, unless nobody reads it.
     const showRest = Fiber.await(shown).pipe(Effect.timeoutOption(SHOW_REST_LIMIT))
-    return yield* Effect.ensuring(lifecycle.run, showRest)
+    // A guest that nobody hears is stopped.
+    const unheard = Effect.andThen(Fiber.join(shown), Effect.never)
+    return yield* Effect.ensuring(Effect.raceFirst(lifecycle.run, unheard), showRest)
   }).pipe(
     Effect.scoped,
     Effect.ensuring(progress.done),
@@ -130,6 +132,7 @@ const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: s
     yield* progress.line(`${describeStop(result.success)} after ${seconds} s`)
     return yield* ExitStatus.set(exitCodeOfStop(result.success))
   }
-  const error: GuestError = result.failure
+  const error: GuestError | OutputLost = result.failure
+  if (error instanceof OutputLost) return yield* ExitStatus.fail(ExitCode.FAILURE, error.message)
   return yield* ExitStatus.fail(exitCodeOfError(error), error.message)
 })

@@ -5,6 +5,7 @@
  * the host and is sent to this process as `SIGINT`. Whatever ends the guest, the terminal is as it was before.
  */
 import type { SerialPort } from "@troupe/core/SerialPort"
+import * as Data from "effect/Data"
 import * as Effect from "effect/Effect"
 import * as Queue from "effect/Queue"
 import type * as Scope from "effect/Scope"
@@ -14,12 +15,30 @@ const CTRL_C = 0x03
 /** Typed bytes that may wait for the guest. A terminal must go on being read, or Ctrl-C would not be seen: more is dropped. */
 const TYPED_AHEAD_LIMIT = 0x1_0000
 
+/** The guest's output cannot be written: its reader has gone, or the disk is full. */
+export class OutputLost extends Data.TaggedError("OutputLost")<{ readonly cause: Error }> {
+  override get message(): string {
+    return `the guest's output cannot be written: ${this.cause.message}`
+  }
+}
+
+/**
+ * Has this process survive the loss of `stdout` and `stderr`. Whoever has to know of a failed write hears of it from the write
+ * itself; without a listener Node ends the process over it as well.
+ */
+export const surviveLostStreams = (): void => {
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {})
+}
+
 /** Writes the guest's output to `stdout` until the guest is gone; `onFirst` runs before the first byte. */
-export const showOutput = (serial: SerialPort["Service"], onFirst: Effect.Effect<void>): Effect.Effect<void> => {
+export const showOutput = (
+  serial: SerialPort["Service"],
+  onFirst: Effect.Effect<void>
+): Effect.Effect<void, OutputLost> => {
   let first = true
   return Stream.runForEach(serial.output, (bytes) => {
-    const write = Effect.callback<void>((resume) => {
-      process.stdout.write(bytes, () => resume(Effect.void))
+    const write = Effect.callback<void, OutputLost>((resume) => {
+      process.stdout.write(bytes, (cause) => resume(cause ? Effect.fail(new OutputLost({ cause })) : Effect.void))
     })
     if (!first) return write
     first = false
