@@ -54,7 +54,7 @@ export const fakeGuest = GuestProgram.make(function*(cpu) {
   yield* say(cpu, `smp ${up} of ${acpi.apicIds.length} up`)
 
   for (let tick = 0; tick < TICKS; tick++) yield* cpu.sleep("10 millis")
-  yield* say(cpu, `timer ${TICKS} ticks`)
+  yield* say(cpu, `timer ${TICKS} sleeps`)
 
   for (const place of acpi.virtioMmio) yield* readRandom(cpu, place)
 

@@ -13,6 +13,7 @@ const TELLERS: ReadonlyArray<readonly [RegExp, Teller]> = [
   [/^ready$/, () => "It has finished booting and does what its command line says."],
   [/^smp (\d+) of (\d+) up$/, (up, all) => `SMP: it has started ${up} of ${all} processors, and they share memory.`],
   [/^timer (\d+) ticks$/, (ticks) => `Timer: it slept and was woken by ${ticks} timer interrupts.`],
+  [/^timer (\d+) sleeps$/, (count) => `Timer: it slept ${count} times, 10 ms each.`],
   [
     /^rng request 0 (\d+) bytes/,
     (bytes) =>
