@@ -22,7 +22,7 @@ export const labPaths = {
 } as const
 
 /** Raised when the layout of the image changes, so that older ones are built anew. */
-const LAYOUT = 3
+const LAYOUT = 4
 
 /** The firmware of QEMU's microvm and q35 machines with a kernel given. */
 const FIRMWARE = ["bios-microvm.bin", "qboot.rom", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin"]
@@ -68,7 +68,12 @@ const stage = async (root: string, kernel: LinuxKernel, initrd: Buffer): Promise
       filter: (source) => isRuntimeFile(source.slice(cloneRoot.length))
     })
   }
+  // What the clone's own scripts import: Effect, and the packages of the clone, which come with the sources.
   await cp(join(cloneRoot, "node_modules/effect"), join(root, "deps/node_modules/effect"), { verbatimSymlinks: true })
+  await mkdir(join(root, "deps/node_modules/@troupe"))
+  for (const name of await readdir(join(cloneRoot, "packages"))) {
+    await symlink(`${labPaths.repository}/packages/${name}`, join(root, "deps/node_modules/@troupe", name))
+  }
 }
 
 const sizeOf = async (folder: string): Promise<number> => {

@@ -1,8 +1,9 @@
 // An unmodified distribution kernel under `troupe run`, on an ordinary KVM: the host's own, or the nested lab's.
 import { existsSync } from "node:fs"
 import { join } from "node:path"
-import { afterAll, assert, beforeAll, describe, it } from "vitest"
+import { afterAll, assert, beforeAll, describe, it, type TestContext } from "vitest"
 import { cloneRoot } from "../../scripts/lab/Cache.ts"
+import type { LabResult } from "../../scripts/lab/Lab.ts"
 import type { LinuxGuest, LinuxOutcome, LinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
 import { openLinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
 import { missingForLab } from "../../scripts/lab/Requirements.ts"
@@ -94,5 +95,26 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
     const interrupts = /^\d+:\s+(\d+) /.exec(report.get("interrupts") ?? "")?.[1]
     assert.isAtLeast(Number(interrupts), 1, output)
     assert.strictEqual(code, POWER_OFF, output)
+  })
+
+  describe("the KVM of the lab", () => {
+    /** Runs the command in the lab; on a host that needs none, the kvm tier does the same on the host's own KVM. */
+    const inLab = async (context: TestContext, args: string): Promise<LabResult> => {
+      if (runner.lab === undefined) return context.skip("the host's own KVM boots Linux: the kvm tier runs this there")
+      return runner.lab.run({ script: `exec node --disable-warning=ExperimentalWarning ${TROUPE_SOURCE} ${args}` })
+    }
+
+    it("is said to run unmodified Linux by `troupe doctor`", async (context) => {
+      const { code, output } = await inLab(context, "doctor")
+      assert.include(output, "This host can run unmodified Linux kernels.")
+      assert.strictEqual(code, 0, output)
+    })
+
+    it("runs the small guest, with its second processor, timer and entropy device", async (context) => {
+      const guest = "--kernel test/guest/troupe-guest.elf --cpus 2 --memory 64M"
+      const { code, output } = await inLab(context, `run ${guest} --cmdline "smp timer rng poweroff"`)
+      for (const line of ["smp 2 of 2 up", "rng ok", "poweroff"]) assert.include(output, `troupe-guest: ${line}`)
+      assert.strictEqual(code, POWER_OFF, output)
+    })
   })
 })
