@@ -107,6 +107,9 @@ export const openBusValue = (size: number): number => (size === 1 ? 0xff : size 
 const describe = (range: BusRange): string =>
   `${range.device} [${formatAddress(range.base)}, ${formatAddress(range.base + range.size)}) (${range.space})`
 
+const ringTogether = (a: Doorbell, b: Doorbell): boolean =>
+  a.offset === b.offset && a.size === b.size && (a.value === undefined || b.value === undefined || a.value === b.value)
+
 const malformed = (range: BusRange): string | undefined => {
   const limit = range.space === "pio" ? PORT_LIMIT : ADDRESS_LIMIT
   const end = addressEnd(range.base, range.size)
@@ -117,8 +120,11 @@ const malformed = (range: BusRange): string | undefined => {
       return "is read from pages, and is not whole pages"
     }
   }
-  for (const doorbell of range.doorbells) {
+  for (const [index, doorbell] of range.doorbells.entries()) {
     if (doorbell.offset < 0 || doorbell.offset + doorbell.size > range.size) return "has a doorbell outside itself"
+    if (range.doorbells.some((other, at) => at < index && ringTogether(doorbell, other))) {
+      return "has two doorbells that the same write rings"
+    }
   }
   return undefined
 }

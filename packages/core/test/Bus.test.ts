@@ -91,4 +91,25 @@ describe("Bus", () => {
   it("reads an open bus as ones of the access's width", () => {
     assert.deepStrictEqual([1, 2, 4].map(openBusValue), [0xff, 0xffff, 0xffff_ffff])
   })
+
+  it("has no two doorbells that one write would ring", () => {
+    const bell = fc.record({
+      offset: fc.nat(2),
+      size: fc.constantFrom<1 | 2>(1, 2),
+      value: fc.option(fc.nat(2), { nil: undefined })
+    })
+    fc.assert(fc.property(fc.array(bell, { maxLength: 4 }), (bells) => {
+      const doorbells = bells.map(({ offset, size, value }) => ({
+        offset,
+        size,
+        ...(value === undefined ? {} : { value })
+      }))
+      const rings = (offset: number, size: number, value: number) =>
+        bells.filter((it) => it.offset === offset && it.size === size && (it.value ?? value) === value).length
+      const ambiguous = [0, 1, 2].some((offset) =>
+        [1, 2].some((size) => [0, 1, 2, 3].some((value) => rings(offset, size, value) > 1))
+      )
+      assert.strictEqual(Bus.make([range({ size: 8, doorbells })]) instanceof Bus, !ambiguous)
+    }))
+  })
 })
