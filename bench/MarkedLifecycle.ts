@@ -15,7 +15,7 @@ const MARK_PORT = 0x80
 export const GUEST_FILE = join(root, "test", "guest", "troupe-guest.elf")
 
 /** Memory of the guest in bytes. */
-export const GUEST_MEMORY = 64 * 2 ** 20
+export const GUEST_MEMORY = 16 * 2 ** 20
 
 /** When the last guest's first mark came, and who waits for it. */
 const heard: { at: number; wake: (() => void) | undefined } = { at: 0, wake: undefined }

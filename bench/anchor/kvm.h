@@ -34,19 +34,22 @@ struct machine {
   struct kvm_run *run;
 };
 
-/* The same machine as the library makes: in-kernel interrupt controllers and timer, memory from address 0, one vCPU. */
+/*
+ * The same machine as the library makes: memory from address 0, in-kernel interrupt controllers and timer. In this order, as
+ * a memory slot that comes after the timer waits for milliseconds.
+ */
 static inline void make_machine(struct machine *machine, int kvm, size_t size) {
   machine->kvm = kvm;
   machine->size = size;
   machine->vm = checked(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
   checked(ioctl(machine->vm, KVM_SET_TSS_ADDR, 0xfffbd000), "KVM_SET_TSS_ADDR");
-  checked(ioctl(machine->vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
-  struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-  checked(ioctl(machine->vm, KVM_CREATE_PIT2, &pit), "KVM_CREATE_PIT2");
-  machine->memory = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  machine->memory = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (machine->memory == MAP_FAILED) checked(-1, "mmap");
   struct kvm_userspace_memory_region slot = {.memory_size = size, .userspace_addr = (uintptr_t)machine->memory};
   checked(ioctl(machine->vm, KVM_SET_USER_MEMORY_REGION, &slot), "KVM_SET_USER_MEMORY_REGION");
+  checked(ioctl(machine->vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
+  struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+  checked(ioctl(machine->vm, KVM_CREATE_PIT2, &pit), "KVM_CREATE_PIT2");
 }
 
 static inline void make_vcpu(struct machine *machine) {

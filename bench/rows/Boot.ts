@@ -24,7 +24,9 @@ const traced = (measurement: BootMeasurement) => {
 
 /** Counts as text, the most frequent first. */
 const kinds = (counts: Readonly<Record<string, number>>): string =>
-  Object.entries(counts).toSorted((a, b) => b[1] - a[1]).slice(0, 8).map(([kind, count]) => `${kind} ${count}`).join(", ")
+  Object.entries(counts).toSorted((a, b) => b[1] - a[1]).slice(0, 8).map(([kind, count]) => `${kind} ${count}`).join(
+    ", "
+  )
 
 const times = (measurement: BootMeasurement): ReadonlyArray<number> =>
   measurement.runs.flatMap((run) => run.kernelToInit === undefined ? [] : [run.kernelToInit])

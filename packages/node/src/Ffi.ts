@@ -71,6 +71,11 @@ export class Ffi extends Context.Service<Ffi, {
   ) => Effect.Effect<number, FfiError>
   /** Takes ownership of a descriptor that an `ioctl` returned: it is closed with the scope. */
   readonly own: (fd: Effect.Effect<number, FfiError>) => Effect.Effect<number, FfiError, Scope.Scope>
+  /**
+   * As `own`, for a descriptor whose end keeps the kernel busy for long: it is closed on a thread of libuv's pool, so that the
+   * event loop goes on. The scope waits for it.
+   */
+  readonly ownSlow: (fd: Effect.Effect<number, FfiError>) => Effect.Effect<number, FfiError, Scope.Scope>
   /** Memory in a file without a name, `size` bytes long. */
   readonly memfd: (name: string, size: number) => Effect.Effect<number, FfiError, Scope.Scope>
   /** Maps `length` bytes of zeroed private memory, without reserving swap. */
@@ -125,6 +130,11 @@ const mapOwned = (operation: string, args: string, acquire: () => Mapping | numb
 /** The service over the given synchronous functions. */
 export const make = (functions: ForeignFunctions): Ffi["Service"] => {
   const own: Ffi["Service"]["own"] = (fd) => Effect.acquireRelease(fd, (fd) => Effect.sync(() => functions.close(fd)))
+  const ownSlow: Ffi["Service"]["own"] = (fd) =>
+    Effect.acquireRelease(
+      fd,
+      (fd) => Effect.callback<void>((resume) => functions.closeSlowly(fd, () => resume(Effect.void)))
+    )
 
   const poll: Ffi["Service"]["poll"] = (fd, events, callback) =>
     Effect.acquireRelease(
@@ -175,6 +185,7 @@ export const make = (functions: ForeignFunctions): Ffi["Service"] => {
           ? functions.ioctlBuffer(fd, ioctl.request, argument)
           : functions.ioctlNumber(fd, ioctl.request, BigInt(argument))),
     own,
+    ownSlow,
     memfd: (name, size) =>
       own(check("memfd_create", JSON.stringify(name), () => functions.memfdCreate(name, 0))).pipe(
         Effect.tap((fd) => check("ftruncate", `${fd}, ${size}`, () => functions.ftruncate(fd, byteCount(size))))

@@ -37,6 +37,10 @@ const scripted = (script: Partial<Script>): { readonly functions: ForeignFunctio
       ...real,
       open: () => made(script.open ?? FD),
       close: (fd) => open.delete(fd) ? 0 : -9,
+      closeSlowly: (fd, done) => {
+        open.delete(fd)
+        done()
+      },
       ioctlNumber: (_fd, request, argument) => {
         switch (request) {
           case KvmIoctl.KVM_GET_API_VERSION.request:

@@ -45,6 +45,8 @@ export interface ForeignFunctions {
   readonly open: (path: string, flags: number) => number
   /** `close(2)`. */
   readonly close: (fd: number) => number
+  /** `close(2)` on a thread of libuv's pool, for a descriptor whose end keeps the kernel busy; `done` is called afterwards. */
+  readonly closeSlowly: (fd: number, done: () => void) => void
   /** `ioctl(2)` whose argument is a number or an address. `request` is 32 bits wide, `argument` 64. */
   readonly ioctlNumber: (fd: number, request: number, argument: bigint) => number
   /** `ioctl(2)` whose argument is a structure in JavaScript memory. */

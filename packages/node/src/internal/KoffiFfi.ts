@@ -3,6 +3,7 @@
  * `node:ffi`. Imports nothing of Effect, and koffi itself only when asked to.
  */
 import type * as KoffiModule from "koffi"
+import { close } from "node:fs"
 import { createRequire } from "node:module"
 import process from "node:process"
 import {
@@ -150,6 +151,7 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
       return result < 0 ? failure() : result
     },
     close: (fd) => cClose(fd) < 0 ? failure() : 0,
+    closeSlowly: (fd, done) => close(fd, () => done()),
     ioctlNumber: (fd, request, argument) => {
       const result = cIoctl(fd, request, argument)
       return result < 0 ? failure() : result

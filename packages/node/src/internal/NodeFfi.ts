@@ -2,6 +2,7 @@
  * The foreign functions on Node's built-in `node:ffi` (Node 26.1 and later). Imports nothing of Effect.
  */
 import type * as NodeFfiModule from "node:ffi"
+import { close } from "node:fs"
 import process from "node:process"
 import {
   EFD_CLOEXEC,
@@ -126,6 +127,7 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
       return result < 0 ? failure() : result
     },
     close: (fd) => c.close(fd) < 0 ? failure() : 0,
+    closeSlowly: (fd, done) => close(fd, () => done()),
     ioctlNumber: (fd, request, argument) => {
       const result = c.ioctl(fd, request, argument)
       return result < 0 ? failure() : result

@@ -132,7 +132,8 @@ export const make = (options: { readonly path?: string } = {}) =>
       // Documented fallbacks for kernels without the newer capability.
       maxVcpus: capability("KVM_CAP_MAX_VCPUS") || capability("KVM_CAP_NR_VCPUS") || 4,
       supportedCpuid: () => new DataView(cpuid.buffer.slice(0)),
-      createVm: Effect.mapError(ffi.own(createVm), kvmError),
+      // The kernel waits for all that may still look at a machine before it takes the machine apart: some 20 ms.
+      createVm: Effect.mapError(ffi.ownSlow(createVm), kvmError),
       ioctl
     })
   })

@@ -53,10 +53,17 @@ export const makeVm = Effect.gen(function*() {
   yield* ioctl(vm, KvmIoctl.KVM_SET_TSS_ADDR, KVM_TSS_ADDRESS)
   const identityMap = new BigUint64Array([BigInt(KVM_IDENTITY_MAP_ADDRESS)])
   yield* ioctl(vm, KvmIoctl.KVM_SET_IDENTITY_MAP_ADDR, identityMap)
-  yield* ioctl(vm, KvmIoctl.KVM_CREATE_IRQCHIP)
-  const pit = KvmPitConfig.make()
-  KvmPitConfig.fields.flags.set(pit, KvmValue.KVM_PIT_SPEAKER_DUMMY)
-  yield* ioctl(vm, KvmIoctl.KVM_CREATE_PIT2, pit)
+  // After the memory: the timer's registers begin a grace period in the kernel, and a memory slot that comes then has to wait for
+  // its end, which takes milliseconds.
+  let hasControllers = false
+  const makeControllers = Effect.uninterruptible(Effect.gen(function*() {
+    if (hasControllers) return
+    yield* ioctl(vm, KvmIoctl.KVM_CREATE_IRQCHIP)
+    const pit = KvmPitConfig.make()
+    KvmPitConfig.fields.flags.set(pit, KvmValue.KVM_PIT_SPEAKER_DUMMY)
+    yield* ioctl(vm, KvmIoctl.KVM_CREATE_PIT2, pit)
+    hasControllers = true
+  }))
 
   const ring = new PostedRing(PostedRing.allocate(RING_CAPACITY))
   const wake = yield* Effect.mapError(ffi.eventFd, kvmError)
@@ -110,6 +117,7 @@ export const makeVm = Effect.gen(function*() {
       return result.backings
     }),
     interruptLine: Effect.fnUntraced(function*(gsi) {
+      yield* makeControllers
       const line = yield* Effect.mapError(ffi.eventFd, kvmError)
       const set = (flags: number) => ioctl(vm, KvmIoctl.KVM_IRQFD, encodeIrqfd(line.fd, gsi, flags))
       // The kernel takes the line away by itself when its eventfd is closed, which is next; that may be later than a vCPU
@@ -121,7 +129,7 @@ export const makeVm = Effect.gen(function*() {
       return { gsi, trigger: line.trigger } satisfies InterruptLine
     }),
     createVcpu: (id) =>
-      makeVcpu(machine, id).pipe(
+      Effect.andThen(makeControllers, makeVcpu(machine, id)).pipe(
         Effect.provideService(Ffi, ffi),
         Effect.provideService(KvmSystem, system),
         Effect.provideService(VcpuThreads, threads),
