@@ -13,7 +13,8 @@ export default defineConfig({
           include: ["packages/*/test/**/*.test.ts", "test/fake/**/*.test.ts", "test/repository/**/*.test.ts"],
           execArgv,
           // The tiers run one after the other: real machines do not compete with thousands of simulated ones.
-          sequence: { groupOrder: 0 },
+          sequence: { groupOrder: 1 },
+          maxWorkers: "100%",
           testTimeout: 60_000
         }
       },
@@ -22,7 +23,7 @@ export default defineConfig({
           name: "kvm",
           include: ["test/kvm/**/*.test.ts"],
           execArgv,
-          sequence: { groupOrder: 1 },
+          sequence: { groupOrder: 2 },
           maxWorkers: 1,
           testTimeout: 60_000
         }
@@ -32,7 +33,7 @@ export default defineConfig({
           name: "lab",
           include: ["test/lab/**/*.test.ts"],
           execArgv,
-          sequence: { groupOrder: 2 },
+          sequence: { groupOrder: 3 },
           maxWorkers: 1,
           testTimeout: 900_000,
           hookTimeout: 900_000
