@@ -13,7 +13,7 @@ import process from "node:process"
 import { Worker } from "node:worker_threads"
 import { Ffi } from "../Ffi.ts"
 import { kvmError } from "./KvmError.ts"
-import { type ThreadProgram, threadProgram } from "./thread/ThreadProgram.ts"
+import { threadProgram } from "./thread/ThreadProgram.ts"
 import {
   CONTROL_REQUEST,
   CONTROL_STOP,
@@ -156,13 +156,12 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
   let held = 0
   let starting = 0
   const state = { open: true }
-  let program: ThreadProgram | undefined
 
   const kick = (threadId: number) => ffi.functions.tgkill(threadId, signal)
 
   const spawn = Effect.callback<PooledThread, HypervisorError>((resume) => {
     const extension = import.meta.url.endsWith(".ts") ? "ts" : "js"
-    program ??= threadProgram(new URL(`./thread/VcpuThreadMain.${extension}`, import.meta.url))
+    const program = threadProgram(new URL(`./thread/VcpuThreadMain.${extension}`, import.meta.url))
     const failed = (cause: unknown) => resume(Effect.fail(startFailure(cause)))
     let worker: Worker
     try {

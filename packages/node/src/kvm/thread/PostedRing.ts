@@ -73,6 +73,11 @@ export class PostedRing {
     return (Atomics.load(this.words, TAIL) - Atomics.load(this.words, HEAD)) | 0
   }
 
+  /** Whether more than half of the ring is used, as far as this thread knows: a hint that costs no synchronisation. */
+  get isFilling(): boolean {
+    return (((this.words[TAIL] ?? 0) - (this.words[HEAD] ?? 0)) | 0) > this.capacity >>> 1
+  }
+
   /** Whether the next entry would be refused now. */
   get full(): boolean {
     return this.used >= this.capacity

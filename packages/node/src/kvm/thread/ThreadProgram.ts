@@ -63,14 +63,21 @@ const join = (url: URL, joined: Joined): void => {
   joined.modules.set(url.href, `${body}\nreturn { ${exported.join(", ")} };`)
 }
 
+/** Made once a process: stripping types is the dearest part of a first machine. */
+const scripts = new Map<string, ThreadProgram>()
+
 /** The program that `url` (a TypeScript or a JavaScript module) is. */
 export const threadProgram = (url: URL): ThreadProgram => {
   if (!url.pathname.endsWith(".ts")) return { source: url, isScript: false }
+  const known = scripts.get(url.href)
+  if (known !== undefined) return known
   const joined: Joined = { modules: new Map() }
   join(url, joined)
   const modules = Array.from(
     joined.modules,
     ([href, body]) => `modules[${JSON.stringify(href)}] = (() => {\n${body}\n})();`
   )
-  return { source: `"use strict";\nconst modules = {};\n${modules.join("\n")}`, isScript: true }
+  const program = { source: `"use strict";\nconst modules = {};\n${modules.join("\n")}`, isScript: true }
+  scripts.set(url.href, program)
+  return program
 }

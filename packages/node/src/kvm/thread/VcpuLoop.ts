@@ -121,17 +121,18 @@ export class VcpuLoop {
 
   /** Runs the vCPU until it stops for good. Why it did is in the control block then. */
   enter(): void {
-    const control = this.#control
     const functions = this.#functions
     const run = this.#run
     const vcpu = this.#vcpu
+    if (!this.#serve()) return
     while (!this.#stopping) {
-      if (Atomics.load(control, CONTROL_REQUEST) !== 0 && !this.#serve()) return
       const result = functions.ioctlNumber(vcpu, KVM_RUN, NO_ARGUMENT)
       if (result < 0) {
         if (result !== -EINTR && result !== -EAGAIN) return this.#stop(STOP_FAILED, -result)
-        // The flag goes down before the request is read again: a request made after that raises it once more.
+        // Whoever makes a request raises the flag after it, so KVM_RUN comes back here and the request need not be looked for at
+        // every exit. The flag goes down before the request is read: one that is made after that raises it once more.
         run.setUint8(RUN_IMMEDIATE_EXIT, 0)
+        if (!this.#serve()) return
         continue
       }
       this.#count(CONTROL_EXITS)
@@ -250,7 +251,7 @@ export class VcpuLoop {
     this.#count(CONTROL_POSTED)
     const state = Atomics.load(ring.words, RING_HOST_STATE)
     if (state === HOST_AWAKE) return
-    if (state === HOST_ASLEEP || ring.used > ring.capacity >>> 1) this.#wakeHost()
+    if (state === HOST_ASLEEP || ring.isFilling) this.#wakeHost()
   }
 
   #postWhenRoom(range: number, offset: number, size: number, value: number): void {
