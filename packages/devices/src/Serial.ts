@@ -76,6 +76,7 @@ export const makeSerial: Effect.Effect<Device, never, Scope.Scope> = Effect.gen(
     Effect.sync(() => new SerialLine()),
     (line) => Effect.sync(() => line.close())
   )
+  let uart: Uart16550 | undefined
   return {
     name: "serial0",
     ranges,
@@ -84,18 +85,20 @@ export const makeSerial: Effect.Effect<Device, never, Scope.Scope> = Effect.gen(
     services: Context.make(SerialPort, line.port),
     start: (context) =>
       Effect.gen(function*() {
-        const uart = new Uart16550({
+        const earlier = context.generation === 0 ? undefined : uart
+        const started = new Uart16550({
           transmit: line.transmit,
           receive: line.receive,
           unreceive: line.unreceive,
           interrupt: () => context.interrupts[0]?.trigger(),
           transmitSoon: () => context.signal(SIGNAL_TRANSMITTED)
-        })
+        }, earlier)
+        uart = started
         yield* Effect.acquireRelease(
           Effect.sync(() => line.attach(() => context.signal(SIGNAL_LINE))),
           () => Effect.sync(() => line.detach())
         )
-        return makeBehaviour(uart, line, context.ranges[STATUS_RANGE]?.shadow)
+        return makeBehaviour(started, line, context.ranges[STATUS_RANGE]?.shadow)
       })
   }
 })

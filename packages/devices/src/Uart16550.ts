@@ -120,8 +120,20 @@ export class Uart16550 {
   #transmitting = false
   #interrupting = false
 
-  constructor(peer: UartPeer) {
+  /** `earlier` is the port that this one takes the place of: its driver finds the registers as it has set them up. */
+  constructor(peer: UartPeer, earlier?: Uart16550) {
     this.#peer = peer
+    if (earlier === undefined) return
+    this.#ier = earlier.#ier
+    this.#fcr = earlier.#fcr
+    this.#lcr = earlier.#lcr
+    this.#mcr = earlier.#mcr
+    this.#mcrWritten = earlier.#mcrWritten
+    this.#scr = earlier.#scr
+    this.#divisor = earlier.#divisor
+    // The driver may wait for an interrupt that the earlier port owes it. One too many does no harm.
+    this.#thrEmptyPending = (this.#ier & IER_THRI) !== 0
+    this.#updateInterrupt()
   }
 
   /**

@@ -326,6 +326,28 @@ describe("Serial line", () => {
       assert.strictEqual(new TextDecoder().decode(receive(harness)), "REST")
     }))
 
+  it.effect("keeps what the driver has set up in the next generation, and wakes a driver that waits to send", () =>
+    Effect.gen(function*() {
+      const { harness } = yield* started
+      harness.out8(LCR, 0x80)
+      harness.out8(DATA, 0x0c)
+      harness.out8(LCR, 0x03)
+      harness.out8(FCR, 0x81)
+      harness.out8(MCR, 0x0b)
+      harness.out8(IER, 0x03)
+      harness.out8(SCR, 0x5a)
+      harness.in8(IIR)
+      harness.settle()
+      const before = harness.interrupts[0] ?? 0
+      yield* harness.start
+      harness.settle()
+      assert.strictEqual(harness.interrupts[0], before + 1)
+      assert.strictEqual(harness.in8(IIR), 0xc2)
+      assert.deepStrictEqual([IER, LCR, MCR, SCR].map((register) => harness.in8(register)), [0x03, 0x03, 0x0b, 0x5a])
+      harness.out8(LCR, 0x83)
+      assert.strictEqual(harness.in8(DATA), 0x0c)
+    }))
+
   it.effect("goes on in the next generation of the device", () =>
     Effect.gen(function*() {
       const { harness, port } = yield* started
