@@ -197,6 +197,46 @@ describe("an operation of the host that never ends", () => {
   }
 })
 
+describe("a machine that is never built again after a reset", () => {
+  for (const how of ["stop", "interrupt", "owner"] as const) {
+    it(`can be ended by ${how}, and nothing is left`, () => {
+      Simulation.explore(
+        Effect.suspend(() => {
+          let reads = 0
+          const image = GuestProgram.kernel(GuestProgram.make((cpu) => GuestAcpi.reset(cpu)))
+          const kernel = makeGuestFile(
+            "vmlinuz",
+            Effect.suspend(() => ++reads < 3 ? Effect.succeed(image) : Effect.never)
+          )
+          return Effect.gen(function*() {
+            const scope = yield* Scope.make()
+            const context = yield* Layer.buildWithScope(Layer.fresh(GuestLifecycle.layer), scope)
+            const lifecycle = yield* Effect.provide(GuestLifecycle, context)
+            yield* lifecycle.create({ ...goodConfig, kernel })
+            const guest = yield* lifecycle.bind
+            const running = yield* Effect.forkChild(lifecycle.run)
+            yield* Effect.sleep("1 second")
+            assert.strictEqual(reads, 3)
+            if (how === "stop") yield* lifecycle.stop
+            else if (how === "interrupt") yield* Fiber.interrupt(running)
+            else yield* Scope.close(scope, Exit.void)
+            yield* noneOpen
+            const exit = yield* Fiber.await(running)
+            if (how !== "interrupt") {
+              assert.strictEqual((yield* Effect.flip(exit)).reason._tag, "CONTROLLER_FORCED_HALT")
+            }
+            assert.strictEqual((yield* guest.epitaph)._tag, how === "owner" ? "none" : "ZX_ERR_INTERNAL")
+          }).pipe(
+            Effect.provide(layerHost([])),
+            Effect.updateService(MachinePolicy, (policy) => ({ ...policy, reset: "run-again" as const }))
+          )
+        }),
+        5
+      )
+    })
+  }
+})
+
 describe("an owner that goes", () => {
   it("while a guest is being made leaves nothing, at every step of the schedule", () => {
     for (let seed = 0; seed < 4; seed++) {
