@@ -76,6 +76,16 @@ describe("Directions of imports", () => {
     assert.deepStrictEqual(await lintFiles(sources), new Set(Object.keys(sources)))
   })
 
+  it("no modules import each other in a circle", async () => {
+    const { code, output } = await lint({
+      "packages/core/src/A.ts": importOf("./B.ts"),
+      "packages/core/src/B.ts": importOf("./C.ts"),
+      "packages/core/src/C.ts": importOf("./A.ts")
+    })
+    assert.notStrictEqual(code, 0)
+    assert.match(output, /no-cycle/)
+  })
+
   it("what follows the directions passes", async () => {
     const verdict = await lint({
       "packages/core/src/Fine.ts": importOf("./Other.ts"),
