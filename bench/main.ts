@@ -2,7 +2,7 @@
 import { existsSync } from "node:fs"
 import { availableParallelism, cpus, loadavg, release } from "node:os"
 import { parseArgs } from "node:util"
-import { BenchError, type Effort, mergeResults, RESULTS_FILE, type Row, table } from "./Row.ts"
+import { BenchError, type Effort, mergeResults, readResults, RESULTS_FILE, type Row, table } from "./Row.ts"
 
 interface Bench {
   readonly name: string
@@ -94,6 +94,7 @@ const USAGE =
   npm run bench                      everything
   npm run bench -- NAME...           these rows; the others stay as they are in the results
   npm run bench -- --quick [NAME...] a rough look in less than a minute, without Linux; the results file is left alone
+  npm run bench -- --table           the table of the results that are kept, without measuring
   npm run bench -- --check-allocation   proves that the way of an access allocates nothing once it is warm
   npm run bench -- --help
 
@@ -129,6 +130,7 @@ const main = async (): Promise<number> => {
     options: {
       quick: { type: "boolean", default: false },
       "check-allocation": { type: "boolean", default: false },
+      table: { type: "boolean", default: false },
       help: { type: "boolean", short: "h", default: false }
     }
   })
@@ -137,6 +139,10 @@ const main = async (): Promise<number> => {
     return 0
   }
   if (values["check-allocation"]) return (await import("./Allocation.ts")).checkAllocation()
+  if (values.table) {
+    process.stdout.write(`${table(await readResults())}\n`)
+    return 0
+  }
   const chosen = choose(positionals)
   say(describeHost())
   const rows: Array<Row> = []
