@@ -26,6 +26,9 @@ export interface UnpackedPackage {
 // Debian policy, section 5.6.7. A name that ends in `+` or `-` means something else to apt, so it is refused as well.
 const packageName = /^[a-z0-9][a-z0-9+.-]*[a-z0-9]$/
 
+const GIVE_FILES =
+  "Or give the files yourself: TROUPE_KERNEL=/path/to/vmlinuz, TROUPE_BUSYBOX=/path/to/a/static/busybox."
+
 /** Reads the fields that matter from the output of `apt-cache show`. */
 export const parseRecord = (text: string): PackageRecord | undefined => {
   const stanza = text.split("\n\n", 1)[0] ?? ""
@@ -48,7 +51,7 @@ export const lookUp = async (name: string): Promise<PackageRecord> => {
     if (!await hasCommand(tool)) {
       throw new LabError(
         `cannot fetch the Debian package ${name}: there is no ${tool} here`,
-        "Give the files yourself: TROUPE_KERNEL=/path/to/vmlinuz and TROUPE_BUSYBOX=/path/to/a/static/busybox."
+        GIVE_FILES
       )
     }
   }
@@ -57,7 +60,7 @@ export const lookUp = async (name: string): Promise<PackageRecord> => {
   if (record === undefined || record.name !== name) {
     throw new LabError(
       `apt's package lists do not know ${name} for amd64`,
-      "Run `apt-get update` as root, with Debian's main archive among the sources, and try again."
+      `Run \`apt-get update\` as root, with Debian's main archive among the sources, and try again. ${GIVE_FILES}`
     )
   }
   return record

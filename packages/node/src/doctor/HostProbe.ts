@@ -37,8 +37,8 @@ export interface HostReport {
 
 /** Below this rate, in instructions a second, kernel-mode code is being emulated: a native processor is far above it. */
 export const EMULATED_RATE = 50_000_000
-/** A measurement shorter than this is repeated with more rounds. */
-const MEASURABLE_MILLIS = 4
+/** A measurement shorter than this is repeated with more rounds: on a slow host two reports alone are some milliseconds apart. */
+const MEASURABLE_MILLIS = 40
 const FIRST_ROUNDS = 10_000
 const ROUNDS_LIMIT = 50_000_000
 const INSTRUCTIONS_A_ROUND = 2
