@@ -1,6 +1,6 @@
 // The tiers of the tests: which of them this machine can run, and why not the others.
 import { closeSync, constants, openSync } from "node:fs"
-import { missingForLab } from "./lab/Requirements.ts"
+import { missingForLinux } from "./lab/LinuxRunner.ts"
 
 /** The tiers, which are the projects of vitest.config.ts. */
 export const TIERS = ["packages", "kvm", "lab"] as const
@@ -56,7 +56,7 @@ export const requiredTiers = (text: string | undefined): ReadonlySet<Tier> => {
 /** The tiers that cannot run on this machine. */
 export const skippedTiers = async (): Promise<ReadonlyArray<SkippedTier>> => {
   const required = requiredTiers(process.env[REQUIRED_TIERS_VARIABLE])
-  const reasons = [["kvm", whyNoKvm()], ["lab", await missingForLab()]] as const
+  const reasons = [["kvm", whyNoKvm()], ["lab", await missingForLinux()]] as const
   return reasons.flatMap(([name, reason]) =>
     reason === undefined ? [] : [{ name, reason, required: required.has(name) }]
   )

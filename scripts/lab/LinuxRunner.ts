@@ -8,6 +8,7 @@ import { buildGuestInitramfs, type GuestAction, REPORT } from "./GuestInitramfs.
 import { Lab } from "./Lab.ts"
 import { givenKernel, type LinuxKernel, provideKernel } from "./LinuxKernel.ts"
 import { type Progress, toStandardError } from "./Progress.ts"
+import { missingForLab } from "./Requirements.ts"
 import { labPaths } from "./RootImage.ts"
 import { quoted, troupeArguments, type TroupeRun } from "./TroupeCommand.ts"
 
@@ -71,6 +72,10 @@ const lookAtHost = async (): Promise<string | undefined> => {
     ? undefined
     : "the host's processor offers neither VMX nor SVM, so its KVM emulates kernel code and lacks instructions that Linux needs"
 }
+
+/** Why no unmodified Linux can be run here, neither on the host's KVM nor in a lab; undefined when it can. */
+export const missingForLinux = async (): Promise<string | undefined> =>
+  await lookAtHost() === undefined ? undefined : missingForLab()
 
 const reportOf = (output: string): ReadonlyMap<string, string> => {
   const report = new Map<string, string>()

@@ -2,8 +2,7 @@
 import { afterAll, assert, beforeAll, describe, it, type TestContext } from "vitest"
 import type { LabResult } from "../../scripts/lab/Lab.ts"
 import type { LinuxGuest, LinuxOutcome, LinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
-import { openLinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
-import { missingForLab } from "../../scripts/lab/Requirements.ts"
+import { missingForLinux, openLinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
 import { TROUPE_SOURCE } from "../../scripts/lab/TroupeCommand.ts"
 
 /** Exit codes of `troupe run`. */
@@ -11,7 +10,7 @@ const POWER_OFF = 0
 const RESET = 32
 const PANIC = 34
 
-const whyNot = await missingForLab()
+const whyNot = await missingForLinux()
 const title = "unmodified Linux"
 if (whyNot !== undefined) console.warn(`SKIPPED: ${title}: ${whyNot}`)
 
