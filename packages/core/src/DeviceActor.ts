@@ -126,9 +126,12 @@ export class DeviceActor {
   /**
    * Delivers a posted write; `false` when there is no room. Nobody waits for it, so the device works on all that have come by
    * the time that its fiber is scheduled: waking a fiber costs many times what a write costs.
+   *
+   * What a device has no room for holds up the writes to all devices. So one that waits to be started again takes everything,
+   * and loses what its mailbox does not hold.
    */
   readonly posted = (range: number, offset: number, size: number, value: number): boolean => {
-    if (this.#count >= MAILBOX_CAPACITY - CALL_RESERVE) return false
+    if (this.#count >= MAILBOX_CAPACITY - CALL_RESERVE) return this.#isDown
     this.#push(KIND_POSTED, range, offset, size, value, undefined)
     if (this.#count >= TURN_ACCESSES) this.#wake?.()
     else this.#wakeSoon()
@@ -226,6 +229,11 @@ export class DeviceActor {
     const turn = Effect.sync(() => this.#turn(behaviour))
     const step = Effect.flatMap(turn, () => this.#idle ? this.#park : Effect.yieldNow)
     return Effect.forever(step, { disableYield: true })
+  }
+
+  /** Whether the device has failed and waits to be started again, or has been given up. */
+  get #isDown(): boolean {
+    return this.#generation > 0 && this.#current === undefined
   }
 
   get #idle(): boolean {

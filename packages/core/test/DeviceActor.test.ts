@@ -285,4 +285,24 @@ describe("DeviceActor", () => {
         yield* actor.settled
       }
     })))
+
+  it.effect("loses what is posted beyond its mailbox while it waits to start again, so that others are not held up", () =>
+    Effect.scoped(Effect.gen(function*() {
+      const { actor, world } = makeActor({ _tag: "restart", schedule: Schedule.spaced("1 hour") })
+      world.crashAt = "write 0 0"
+      yield* running(actor)
+      const room = MAILBOX_CAPACITY - CALL_RESERVE
+      actor.posted(0, 0, 1, 0)
+      yield* settle
+      for (let i = 1; i <= room + 10; i++) assert.isTrue(actor.posted(0, 0, 1, i))
+      const answers: Array<number> = []
+      actor.call(0, 1, 1, false, 0, replyTo(answers))
+      yield* TestClock.adjust("1 hour")
+      yield* settle
+      const kept = Array.from({ length: room + 1 }, (_, i) => `write 0 ${i}`)
+      assert.deepStrictEqual(world.seen, [...kept, "read 1"])
+      assert.deepStrictEqual(answers, [101])
+      // One that works is waited for.
+      assert.isTrue(actor.posted(0, 0, 1, 0))
+    })))
 })
