@@ -11,7 +11,6 @@ const EXITS_GOAL = 0.25
 const TIME_GOAL = 1
 
 const ANCHOR: Vmm = "qemu-microvm"
-const OTHER: Vmm = "qemu-microvm-default"
 
 const sum = (counts: Readonly<Record<string, number>>): number =>
   Object.values(counts).reduce((total, count) => total + count, 0)
@@ -33,16 +32,14 @@ const times = (measurement: BootMeasurement): ReadonlyArray<number> =>
 
 const measure = async (effort: Effort): Promise<ReadonlyArray<Row>> => {
   await using lab = await Lab.start({ name: "bench", limitSeconds: 1500 })
-  const names: ReadonlyArray<Vmm> = effort.quick ? ["troupe", ANCHOR] : ["troupe", ANCHOR, OTHER]
   const measured = new Map(
-    (await compareBoots(lab, names, effort.quick ? QUICK_RUNS : RUNS)).map((measurement) => [
+    (await compareBoots(lab, ["troupe", ANCHOR], effort.quick ? QUICK_RUNS : RUNS)).map((measurement) => [
       measurement.vmm,
       measurement
     ])
   )
   const ours = measured.get("troupe")
   const theirs = measured.get(ANCHOR)
-  const other = measured.get(OTHER)
   if (ours === undefined || theirs === undefined) throw new BenchError("a boot was not measured")
   const exits = sum(traced(ours).kernel)
   const anchorExits = sum(traced(theirs).kernel)
@@ -66,8 +63,7 @@ const measure = async (effort: Effort): Promise<ReadonlyArray<Row>> => {
         ports: kinds(traced(ours).ports),
         "QEMU's ports": kinds(traced(theirs).ports),
         "pages of device memory": kinds(traced(ours).pages),
-        "QEMU's pages of device memory": kinds(traced(theirs).pages),
-        ...(other === undefined ? {} : { "QEMU microvm without rtc": sum(traced(other).kernel) })
+        "QEMU's pages of device memory": kinds(traced(theirs).pages)
       }
     },
     {
@@ -81,8 +77,7 @@ const measure = async (effort: Effort): Promise<ReadonlyArray<Row>> => {
       met: processExits <= EXITS_GOAL * anchorProcessExits,
       detail: {
         "by reason": kinds(traced(ours).userspace),
-        "QEMU's": kinds(traced(theirs).userspace),
-        ...(other === undefined ? {} : { "QEMU microvm without rtc": sum(traced(other).userspace) })
+        "QEMU's": kinds(traced(theirs).userspace)
       }
     },
     {
@@ -99,8 +94,7 @@ const measure = async (effort: Effort): Promise<ReadonlyArray<Row>> => {
         "quartiles, ms": spread(times(ours), 0),
         "QEMU's quartiles, ms": spread(times(theirs), 0),
         "command to init, ms": Math.round(median(ours.runs.flatMap((run) => run.init ?? []))),
-        "QEMU's command to init, ms": Math.round(median(theirs.runs.flatMap((run) => run.init ?? []))),
-        ...(other === undefined ? {} : { "QEMU microvm without rtc, ms": Math.round(median(times(other))) })
+        "QEMU's command to init, ms": Math.round(median(theirs.runs.flatMap((run) => run.init ?? [])))
       }
     }
   ]

@@ -11,6 +11,8 @@ import { median, spread } from "../Statistics.ts"
 const GOAL_MS = 5
 const WARM_RUNS = 61
 const QUICK_WARM_RUNS = 9
+/** The compiler has seen the way by then. */
+const WARM_UP = 40
 const COLD_RUNS = 15
 const QUICK_COLD_RUNS = 3
 
@@ -54,7 +56,7 @@ const warm = async (effort: Effort): Promise<Row> => {
   const program = Effect.gen(function*() {
     const ours: Array<FirstInstruction> = []
     const theirs: Array<number> = []
-    for (let i = -5; i < runs; i++) {
+    for (let i = effort.quick ? -5 : -WARM_UP; i < runs; i++) {
       const a = yield* toFirstInstruction
       const b = yield* Effect.promise(() => anchor.ask(""))
       if (i < 0) continue
