@@ -60,7 +60,8 @@ export class PostedRing {
     words[HEAD] = start
     // A slot is published when it has the number after its ticket. Zeros are no such number in the first round from 0, and pages
     // that nobody has touched cost nothing.
-    for (let i = 0; start !== 0 && i < capacity; i++) {
+    const untouched = start === 0 ? capacity : 0
+    for (let i = untouched; i < capacity; i++) {
       const ticket = (start + i) | 0
       words[HEADER_WORDS + (ticket & (capacity - 1)) * SLOT_WORDS] = ticket
     }
