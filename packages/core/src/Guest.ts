@@ -1,7 +1,6 @@
 /** The guest's client API: the protocol `Guest`, its endpoints and its epitaph. */
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
-import * as Option from "effect/Option"
 import { BalloonController } from "./BalloonController.ts"
 import { Console } from "./Console.ts"
 import { DeviceNotPresent, GuestError, type GuestErrorReason } from "./GuestError.ts"
@@ -45,17 +44,10 @@ export const makeGuest = (services: Context.Context<never>, epitaph: Effect.Effe
     device: string,
     hint: string
   ): Effect.Effect<S, GuestError> =>
-    Effect.suspend(() =>
-      Option.match(Context.getOption(services, key), {
-        onNone: () =>
-          Effect.fail(
-            new GuestError({
-              reason: new DeviceNotPresent({ operation, device, detail: `this guest has no ${device} device`, hint })
-            })
-          ),
-        onSome: Effect.succeed
-      })
-    )
+    Effect.fromOption(Context.getOption(services, key), () =>
+      new GuestError({
+        reason: new DeviceNotPresent({ operation, device, detail: `this guest has no ${device} device`, hint })
+      }))
   return {
     getSerial: endpoint(SerialPort, "getSerial", "serial", "Add the serial device's layer to the catalog"),
     getConsole: endpoint(Console, "getConsole", "console", "Set virtioConsole in the configuration"),
