@@ -9,10 +9,10 @@ import { BenchError, type Effort, root, type Row } from "../Row.ts"
 import { median, spread } from "../Statistics.ts"
 
 const GOAL_MS = 5
-const WARM_RUNS = 61
+const WARM_RUNS = 101
 const QUICK_WARM_RUNS = 9
 /** The compiler has seen the way by then. */
-const WARM_UP = 40
+const WARM_UP = 150
 const COLD_RUNS = 15
 const QUICK_COLD_RUNS = 3
 
