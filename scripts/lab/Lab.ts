@@ -68,6 +68,9 @@ const FIXED_OPTIONS: ReadonlyArray<string> = [
   "-chardev socket,id=agent,fd=3 -device virtio-serial-pci -device virtserialport,chardev=agent"
 ].flatMap((options) => options.split(" "))
 
+/** How long an answer may be overdue. */
+const PATIENCE_SECONDS = 90
+
 const CONSOLE_TAIL_BYTES = 4096
 
 /** The longest line that follows a marker. */
@@ -109,14 +112,12 @@ export class Lab implements AsyncDisposable {
     })
     this.#ended = new Promise((resolve) => {
       const end = (why: string): void => {
-        if (this.#over !== undefined) return
-        this.#over = why
         running.delete(child)
         stream.end()
-        this.#pending?.reject(this.#failure())
-        this.#pending = undefined
+        this.#end(why)
         void rm(folder, { recursive: true, force: true }).then(() => resolve())
       }
+      // A program that cannot be started has an error and no close.
       child.on("error", (cause) => end(`${EMULATOR} could not be run: ${cause.message}`))
       child.on("close", (code, signal) => end(`the outer machine ended (${signal ?? `exit code ${code}`})`))
     })
@@ -179,9 +180,20 @@ export class Lab implements AsyncDisposable {
     const result = this.#queue.then(() => {
       const name = `job-${randomBytes(12).toString("hex")}`
       const script = Buffer.from(job.script).toString("base64")
+      const limit = job.timeoutSeconds ?? 120
+      // The agent ends a job in time. When nothing is heard of it long after, the outer machine itself hangs.
+      const timer = setTimeout(
+        () =>
+          this.#end(
+            `the outer machine does not answer, ${
+              limit + PATIENCE_SECONDS
+            } s after a job with a limit of ${limit} s was begun`
+          ),
+        (limit + PATIENCE_SECONDS) * 1000
+      )
       return this.#expect(`\n${name} `, job.onOutput, () => {
-        this.#channel.write(`${name} ${job.timeoutSeconds ?? 120} ${script}\n`)
-      })
+        this.#channel.write(`${name} ${limit} ${script}\n`)
+      }).finally(() => clearTimeout(timer))
     })
     this.#queue = result.catch(() => {})
     return result
@@ -191,6 +203,14 @@ export class Lab implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#child.kill("SIGKILL")
     await this.#ended
+  }
+
+  /** Stops the outer machine if it still runs, and tells whoever waits. The first reason is the one that counts. */
+  #end(why: string): void {
+    this.#over ??= why
+    this.#child.kill("SIGKILL")
+    this.#pending?.reject(this.#failure())
+    this.#pending = undefined
   }
 
   #failure(): LabError {
