@@ -104,13 +104,6 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
       return runner.lab.run({ script: `exec node --disable-warning=ExperimentalWarning ${TROUPE_SOURCE} ${args}` })
     }
 
-    it("is said to run unmodified Linux by `troupe doctor`", async (context) => {
-      const { code, output } = await inLab(context, "doctor")
-      assert.include(output, "This host can run unmodified Linux kernels.")
-      assert.notInclude(output, "is emulated", "kernel mode is native on this KVM")
-      assert.strictEqual(code, 0, output)
-    })
-
     it("runs the small guest, with its second processor, timer and entropy device", async (context) => {
       const guest = "--kernel test/guest/troupe-guest.elf --cpus 2 --memory 64M"
       const { code, output } = await inLab(context, `run ${guest} --cmdline "smp timer rng poweroff"`)
