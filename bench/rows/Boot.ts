@@ -4,7 +4,7 @@ import { Lab } from "../../scripts/lab/Lab.ts"
 import { BenchError, type Effort, type Row } from "../Row.ts"
 import { median, spread } from "../Statistics.ts"
 
-const RUNS = 5
+const RUNS = 3
 const QUICK_RUNS = 1
 /** Ours are to be at most this part of QEMU's exits. */
 const EXITS_GOAL = 0.25
