@@ -57,6 +57,9 @@ export interface EventFd {
   readonly onSignal: (callback: (count: number) => void) => Effect.Effect<void, FfiError, Scope.Scope>
 }
 
+/** Size of a huge page of x86-64, and of arm64 with pages of 4 KiB, in bytes. */
+export const HUGE_PAGE_SIZE = 0x20_0000
+
 /** The foreign functions. */
 export class Ffi extends Context.Service<Ffi, {
   /** The synchronous face, for this thread only. Results that are negative are `-errno`. */
@@ -78,7 +81,10 @@ export class Ffi extends Context.Service<Ffi, {
   readonly ownSlow: (fd: Effect.Effect<number, FfiError>) => Effect.Effect<number, FfiError, Scope.Scope>
   /** Memory in a file without a name, `size` bytes long. */
   readonly memfd: (name: string, size: number) => Effect.Effect<number, FfiError, Scope.Scope>
-  /** Maps `length` bytes of zeroed private memory, without reserving swap. */
+  /**
+   * Maps `length` bytes of zeroed private memory, without reserving swap. From {@link HUGE_PAGE_SIZE} on it begins at a multiple
+   * of that, so that the kernel can back it, and a guest that has it as RAM, with huge pages.
+   */
   readonly mapAnonymous: (length: number) => Effect.Effect<Mapping, FfiError, Scope.Scope>
   /** Maps `length` bytes of a descriptor, shared, for reading and writing. */
   readonly mapShared: (fd: number, length: number, offset?: number) => Effect.Effect<Mapping, FfiError, Scope.Scope>
@@ -197,7 +203,8 @@ export const make = (functions: ForeignFunctions): Ffi["Service"] => {
           protection: PROT_READ | PROT_WRITE,
           flags: MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
           fd: -1,
-          offset: 0
+          offset: 0,
+          ...(length >= HUGE_PAGE_SIZE ? { alignment: HUGE_PAGE_SIZE } : {})
         })),
     mapShared: (fd, length, offset = 0) =>
       mapOwned(

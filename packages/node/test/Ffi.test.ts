@@ -81,6 +81,20 @@ for (const [name, layer] of layers) {
           }
         }))
 
+      it.effect("maps large memory where huge pages can back it", () =>
+        Effect.gen(function*() {
+          const ffi = yield* Ffi.Ffi
+          const size = 3 * Ffi.HUGE_PAGE_SIZE
+          const mappings = yield* Effect.all(Array.from({ length: 5 }, () => ffi.mapAnonymous(size)))
+          for (const mapping of mappings) {
+            assert.strictEqual(mapping.address % BigInt(Ffi.HUGE_PAGE_SIZE), 0n)
+            const bytes = new Uint8Array(mapping.buffer)
+            bytes[0] = 1
+            bytes[size - 1] = 2
+            assert.strictEqual(bytes.length, size)
+          }
+        }))
+
       it.effect("refuses advice outside the mapping", () =>
         Effect.gen(function*() {
           const ffi = yield* Ffi.Ffi

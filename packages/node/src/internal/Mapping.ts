@@ -7,6 +7,9 @@
  */
 import { ErrnoNumber, type ForeignFunctions } from "./ForeignFunctions.ts"
 
+/** `mmap` gives addresses that are multiples of this; larger pages of the host only waste a little of what is trimmed. */
+const PAGE_SIZE = 4096
+
 /** Memory was asked for after its owner had given it back. */
 export class UseAfterUnmap extends Error {
   readonly _tag = "UseAfterUnmap"
@@ -102,6 +105,8 @@ export interface MappingOptions {
   readonly fd: number
   /** Where in the file to begin, in bytes, a multiple of the page size. */
   readonly offset: number
+  /** What the address is a multiple of: a power of two, at least a page. Default: a page. For memory without a file. */
+  readonly alignment?: number
 }
 
 /** Maps memory; the result is its owner, or `-errno`. */
@@ -110,6 +115,20 @@ export const map = (functions: ForeignFunctions, options: MappingOptions): Mappi
   if (!(Number.isSafeInteger(options.length) && options.length > 0 && Number.isSafeInteger(options.offset))) {
     return -ErrnoNumber.EINVAL
   }
-  const address = functions.mmap(options.length, options.protection, options.flags, options.fd, options.offset)
-  return address < 0n ? Number(address) : new Mapping(functions, address, options.length)
+  const spare = options.alignment === undefined ? 0 : options.alignment - PAGE_SIZE
+  const total = options.length + spare
+  const found = functions.mmap(total, options.protection, options.flags, options.fd, options.offset)
+  if (found < 0n) return Number(found)
+  const before = options.alignment === undefined ? 0 : Number(-found & BigInt(options.alignment - 1))
+  const address = found + BigInt(before)
+  const trimmed = trim(functions, found, before) || trim(functions, address + BigInt(options.length), spare - before)
+  if (trimmed < 0) {
+    functions.munmap(found, total)
+    return trimmed
+  }
+  return new Mapping(functions, address, options.length)
 }
+
+/** Unmaps what an aligned mapping does not need. Returns 0 or `-errno`. */
+const trim = (functions: ForeignFunctions, address: bigint, length: number): number =>
+  length === 0 ? 0 : functions.munmap(address, length)
