@@ -6,7 +6,10 @@ export const VcpuRegisters = Schema.Record(Schema.String, Schema.String)
 /** Register values as hexadecimal text, by register name. */
 export type VcpuRegisters = typeof VcpuRegisters.Type
 
-/** `HLT` with interrupts off and nothing that could wake the vCPU: the guest's own way of saying that it has ended. */
+/**
+ * `HLT` with interrupts off and nothing that could wake the vCPU: the guest's own way of saying that it has ended. Reported
+ * only when every vCPU of the machine is in this state or was never started.
+ */
 export const Halted = Schema.TaggedStruct("Halted", { registers: VcpuRegisters })
 /** A fault while delivering a double fault (`KVM_EXIT_SHUTDOWN`; Intel SDM volume 3, section 6.15). */
 export const TripleFault = Schema.TaggedStruct("TripleFault", { registers: VcpuRegisters })
