@@ -10,12 +10,12 @@ import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import type * as Scope from "effect/Scope"
 import type { Device, DeviceFailure } from "./Device.ts"
-import type { DeviceFlag, GuestConfig } from "./GuestConfig.ts"
+import type { DeviceField, GuestConfig } from "./GuestConfig.ts"
 
 /** Makes the devices of one kind that a configuration asks for. */
 export interface DeviceFactory {
-  /** What it makes: a flag of the configuration, or the name of a device that every machine has. */
-  readonly provides: DeviceFlag | "serial" | "power"
+  /** What it makes: a field of the configuration, or the name of a device that every machine has. */
+  readonly provides: DeviceField | "serial" | "power"
   /** The devices, in order; none when the configuration does not ask for this kind. Runs once for each machine. */
   readonly devices: (config: GuestConfig) => Effect.Effect<ReadonlyArray<Device>, DeviceFailure, Scope.Scope>
 }

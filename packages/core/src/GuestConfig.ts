@@ -69,6 +69,11 @@ export const NetSpec = Schema.Struct({
 /** A host port that accepts connections of the guest from its first instruction on. */
 export const VsockListener = Schema.Struct({ port: VsockPort })
 
+/** How a guest finds and drives its virtio devices: registers in memory named by ACPI, or functions on a PCI bus. */
+export const VirtioTransport = Schema.Literals(["mmio", "pci"])
+/** How a guest finds and drives its virtio devices. */
+export type VirtioTransport = typeof VirtioTransport.Type
+
 const off = Schema.Boolean.pipe(Schema.withDecodingDefaultKey(Effect.succeed(false)))
 const fileOrBytes = Schema.Union([GuestFile, Schema.Uint8Array])
 
@@ -122,6 +127,8 @@ export const GuestConfig = Schema.Struct({
   virtioMemRegionSize: Schema.optionalKey(Bytes),
   /** The alignment of the pluggable region in bytes; at least the block size is used. Default: the block size. */
   virtioMemRegionAlignment: Schema.optionalKey(Bytes),
+  /** How the guest finds and drives its virtio devices. Default: `mmio`. */
+  virtioTransport: VirtioTransport.pipe(Schema.withDecodingDefaultKey(Effect.succeed("mmio"))),
   /** Which entry of a kernel that has several is used. Default: `auto` (PVH for an ELF file that has it). */
   bootProtocol: Schema.Literals(["auto", "linux64", "pvh"]).pipe(Schema.withDecodingDefaultKey(Effect.succeed("auto")))
 })
@@ -151,11 +158,23 @@ const DEVICE_FLAGS: ReadonlyArray<DeviceFlag> = [
 ]
 
 /** The virtio devices that exist. The others decode and are refused. */
-export const EXISTING_DEVICES: ReadonlySet<DeviceFlag> = new Set<DeviceFlag>(["virtioRng"])
+export const EXISTING_DEVICES: ReadonlySet<DeviceFlag> = new Set<DeviceFlag>([
+  "virtioBalloon",
+  "virtioConsole",
+  "virtioMem",
+  "virtioRng",
+  "virtioVsock"
+])
 
-/** The device flags that a configuration turns on, in the order of placement. */
-export const enabledDevices = (config: GuestConfig): ReadonlyArray<DeviceFlag> =>
-  DEVICE_FLAGS.filter((flag) => config[flag])
+/** A field that asks for devices: a flag, or a list of them (`defaultNet` is an entry of `netDevices`). */
+export type DeviceField = DeviceFlag | "blockDevices" | "netDevices"
+
+/** The fields by which a configuration asks for devices. */
+export const deviceFields = (config: GuestConfig): ReadonlyArray<DeviceField> => [
+  ...DEVICE_FLAGS.filter((flag) => config[flag]),
+  ...(config.blockDevices.length > 0 ? ["blockDevices" as const] : []),
+  ...(config.netDevices.length > 0 || config.defaultNet ? ["netDevices" as const] : [])
+]
 
 const show = (value: unknown): string => {
   if (value === undefined) return "nothing"
@@ -215,13 +234,6 @@ const checkRules = (config: typeof GuestConfig.Type): Array<ConfigIssue> => {
   if (config.virtioSoundInput) {
     issues.push(rule("virtioSoundInput", "must be off: this device does not exist yet", true))
   }
-  if (config.blockDevices.length > 0) {
-    issues.push(rule("blockDevices", "must be empty: block devices do not exist yet", config.blockDevices))
-  }
-  if (config.netDevices.length > 0) {
-    issues.push(rule("netDevices", "must be empty: network devices do not exist yet", config.netDevices))
-  }
-  if (config.defaultNet) issues.push(rule("defaultNet", "must be off: network devices do not exist yet", true))
   const ports = new Map<number, number>()
   config.vsockListeners.forEach(({ port }, index) => {
     const first = ports.get(port)

@@ -10,6 +10,9 @@ import { addressEnd, formatAddress, INVALID_ADDRESS } from "./GuestAddress.ts"
 /** The page size of x86-64 guests and the granularity of memory slots, in bytes. */
 export const PAGE_SIZE = 4096
 
+/** Gives whole pages of a region back to the host, by offset and length in bytes; they read as zero afterwards. */
+export type GiveBack = (offset: number, length: number) => void
+
 /** One contiguous piece of guest memory: `[guestAddress, guestAddress + size)`, with the views that device code uses. */
 export class MemoryRegion {
   /** Guest physical address of the first byte; a multiple of {@link PAGE_SIZE}. */
@@ -23,8 +26,12 @@ export class MemoryRegion {
   /** The region as 16-bit words, for `Atomics` on ring indices (a virtqueue's `idx` fields are 2-byte aligned). */
   readonly words: Uint16Array<ArrayBuffer>
 
-  constructor(guestAddress: number, buffer: ArrayBuffer) {
+  readonly #giveBack: GiveBack | undefined
+
+  /** `giveBack` is how the host takes pages of it back. Default: they are filled with zeros, and nobody gains memory. */
+  constructor(guestAddress: number, buffer: ArrayBuffer, giveBack?: GiveBack) {
     this.guestAddress = guestAddress
+    this.#giveBack = giveBack
     this.size = buffer.byteLength
     this.bytes = new Uint8Array(buffer)
     this.view = new DataView(buffer)
@@ -37,6 +44,22 @@ export class MemoryRegion {
     if (address < this.guestAddress || present === 0) return false
     const end = addressEnd(address, length)
     return end !== INVALID_ADDRESS && end <= this.guestAddress + present
+  }
+
+  /**
+   * Gives the pages of `[offset, offset + length)` back to the host. They read as zero until they are written again. Both
+   * numbers are multiples of {@link PAGE_SIZE}, and the range lies in the region: anything else is a `RangeError`.
+   */
+  discard(offset: number, length: number): void {
+    if (
+      offset < 0 || length < 0 || offset % PAGE_SIZE !== 0 || length % PAGE_SIZE !== 0 ||
+      offset + length > this.bytes.length
+    ) {
+      throw new RangeError(`pages at offset ${offset}, ${length} bytes, of a region of ${this.bytes.length}`)
+    }
+    if (length === 0) return
+    if (this.#giveBack === undefined) this.bytes.fill(0, offset, offset + length)
+    else this.#giveBack(offset, length)
   }
 }
 
@@ -84,6 +107,17 @@ export class GuestMemory {
     const region = this.regionOf(address, bytes.length)
     if (region === undefined) return false
     region.bytes.set(bytes, address - region.guestAddress)
+    return true
+  }
+  /**
+   * Gives the pages of `[address, address + length)` back to the host; they read as zero until they are written again. Returns
+   * `false`, having done nothing, when the range is not whole pages of one region.
+   */
+  discard(address: number, length: number): boolean {
+    if (address % PAGE_SIZE !== 0 || length % PAGE_SIZE !== 0) return false
+    const region = this.regionOf(address, length)
+    if (region === undefined) return false
+    region.discard(address - region.guestAddress, length)
     return true
   }
 }

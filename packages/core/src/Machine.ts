@@ -10,7 +10,7 @@ import * as Effect from "effect/Effect"
 import type * as Scope from "effect/Scope"
 import type { Device } from "./Device.ts"
 import { DeviceCatalog } from "./DeviceCatalog.ts"
-import { enabledDevices, type GuestConfig } from "./GuestConfig.ts"
+import { deviceFields, type GuestConfig } from "./GuestConfig.ts"
 import {
   BadConfig,
   DuplicatePublicServices,
@@ -81,12 +81,12 @@ export const makeMachine: (
 /** The devices that the configuration asks for, in the catalog's order. */
 const makeDevices = Effect.fnUntraced(function*(config: GuestConfig) {
   const catalog = yield* DeviceCatalog
-  for (const flag of enabledDevices(config)) {
-    if (!catalog.factories.some((factory) => factory.provides === flag)) {
+  for (const field of deviceFields(config)) {
+    if (!catalog.factories.some((factory) => factory.provides === field)) {
       return yield* fail(
         new FailedServiceConnect({
           operation: "create",
-          detail: `${flag} is on, and the device catalog has no such device`,
+          detail: `the configuration has ${field}, and the device catalog has no such device`,
           hint: "Provide the device's layer (for all of them: the layer of @troupe/devices)"
         })
       )

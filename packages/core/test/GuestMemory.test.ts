@@ -52,6 +52,21 @@ describe("GuestMemory", () => {
     }))
   })
 
+  it("gives back whole pages of one region, or nothing", () => {
+    const pages = fc.nat({ max: 6 }).map((pages) => pages * PAGE_SIZE)
+    const range = fc.tuple(fc.oneof(pages, address), fc.oneof(pages, fc.nat({ max: 3 * PAGE_SIZE })))
+    fc.assert(fc.property(range, ([address, length]) => {
+      const memory = makeMemory()
+      for (const region of memory.regions) region.bytes.fill(1)
+      const allowed = address % PAGE_SIZE === 0 && length % PAGE_SIZE === 0 &&
+        memory.regionOf(address, length) !== undefined
+      assert.strictEqual(memory.discard(address, length), allowed)
+      const zeros = memory.regions.reduce((sum, region) => sum + region.bytes.reduce((a, b) => a + 1 - b, 0), 0)
+      assert.strictEqual(zeros, allowed ? length : 0)
+      if (allowed) assert.isTrue(memory.slice(address, length)?.every((byte) => byte === 0))
+    }))
+  })
+
   it("refuses regions that overlap", () => {
     const region = (address: number) => new MemoryRegion(address, new ArrayBuffer(PAGE_SIZE))
     assert.throws(() => new GuestMemory([region(0), region(PAGE_SIZE - 1)]), "overlap")

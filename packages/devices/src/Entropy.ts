@@ -12,9 +12,9 @@ import * as Schedule from "effect/Schedule"
 import { EntropySource } from "./EntropySource.ts"
 import { DescriptorChain } from "./virtio/DescriptorChain.ts"
 import { makeFeatures } from "./virtio/Features.ts"
-import type { SplitQueue } from "./virtio/SplitQueue.ts"
 import type { VirtioBehaviour, VirtioDevice } from "./virtio/VirtioDevice.ts"
-import { virtioMmio } from "./virtio/VirtioMmio.ts"
+import { virtioOn } from "./virtio/VirtioTransport.ts"
+import type { Virtqueue } from "./virtio/Virtqueue.ts"
 
 /** Device type of the entropy device. */
 export const VIRTIO_ID_ENTROPY = 4
@@ -33,7 +33,7 @@ export const entropyPolicy: DevicePolicy = {
 
 const makeBehaviour = (source: EntropySource["Service"]): VirtioBehaviour => {
   const chain = new DescriptorChain(ENTROPY_QUEUE_SIZE)
-  let requests: SplitQueue | undefined
+  let requests: Virtqueue | undefined
 
   /** Fills the chain's buffers, at most `limit` bytes. Returns how many. */
   const fill = (limit: number): number => {
@@ -88,6 +88,10 @@ export const layerEntropy: Layer.Layer<DeviceCatalog, never, DeviceCatalog | Ent
   Effect.map(EntropySource, (source) => ({
     provides: "virtioRng" as const,
     devices: (config) =>
-      Effect.succeed(config.virtioRng ? [virtioMmio(entropy(source), { name: "rng0", policy: entropyPolicy })] : [])
+      Effect.succeed(
+        config.virtioRng
+          ? [virtioOn(config.virtioTransport, entropy(source), { name: "rng0", policy: entropyPolicy })]
+          : []
+      )
   }))
 )

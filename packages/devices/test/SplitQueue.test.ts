@@ -3,7 +3,8 @@ import { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
 import { type DriverBuffer, INDIRECT_ENTRIES, SplitQueueDriver } from "@troupe/core/testing/drivers/SplitQueueDriver"
 import * as fc from "fast-check"
 import { DescriptorChain } from "../src/virtio/DescriptorChain.ts"
-import { availableRingSize, type QueueFaultKind, SplitQueue, usedRingSize } from "../src/virtio/SplitQueue.ts"
+import { availableRingSize, SplitQueue, usedRingSize } from "../src/virtio/SplitQueue.ts"
+import type { QueueFaultKind } from "../src/virtio/Virtqueue.ts"
 
 const MEMORY_SIZE = 0x10_0000
 const QUEUE_ADDRESS = 0x1000

@@ -8,12 +8,10 @@
 import { addressFromHalves, formatAddress } from "@troupe/core/GuestAddress"
 import type { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
 import type { DescriptorChain } from "./DescriptorChain.ts"
+import { CHAIN_BYTES_MAX, type QueueFault, type QueueFaultKind, type Virtqueue } from "./Virtqueue.ts"
 
 /** The largest size of a split virtqueue (virtio 1.3, section 2.7). Sizes are powers of two. */
 export const QUEUE_SIZE_MAX = 32768
-/** The most bytes of a descriptor chain (virtio 1.3, section 2.7.4.1). */
-export const CHAIN_BYTES_MAX = 2 ** 32
-
 /** The chain goes on at `next`. */
 export const VIRTQ_DESC_F_NEXT = 1
 /** The buffer is written by the device. */
@@ -39,36 +37,6 @@ export const availableRingSize = (size: number): number => 6 + 2 * size
 /** Size of the used ring of a queue with `size` entries, in bytes. */
 export const usedRingSize = (size: number): number => 6 + 8 * size
 
-/** Which rule a driver broke. */
-export type QueueFaultKind =
-  /** More chains are said to be available than the queue has entries. */
-  | "available-index"
-  /** The head of a chain is not in the descriptor table. */
-  | "head-index"
-  /** The head of a chain is that of another one, which the device still has. */
-  | "head-in-flight"
-  /** `next` leaves its table. */
-  | "next-index"
-  /** More descriptors than the queue has entries, which is also what a loop looks like. */
-  | "chain-length"
-  /** More than {@link CHAIN_BYTES_MAX} bytes. */
-  | "chain-bytes"
-  /** A buffer for the device to read comes after one for it to write. */
-  | "direction"
-  /** A buffer, or a table, is not in guest memory. */
-  | "address"
-  /** A table without the feature for it, in a table, with `VIRTQ_DESC_F_NEXT`, or not made of whole descriptors. */
-  | "indirect"
-  /** The chain itself is well-formed, and its contents make no sense to the device. */
-  | "contents"
-
-/** What is wrong with a queue. */
-export interface QueueFault {
-  readonly kind: QueueFaultKind
-  /** What the guest wrote, in a sentence. */
-  readonly detail: string
-}
-
 /** How a driver has set a queue up. Addresses are guest physical. */
 export interface QueueSetup {
   readonly size: number
@@ -86,7 +54,7 @@ const isPowerOfTwo = (value: number): boolean => Number.isInteger(value) && valu
 const INDEX_MASK = 0xffff
 
 /** A virtqueue that a driver has set up. Valid until the driver resets the device or stops the queue. */
-export class SplitQueue {
+export class SplitQueue implements Virtqueue {
   /** The number of entries. */
   readonly size: number
   readonly #memory: GuestMemory

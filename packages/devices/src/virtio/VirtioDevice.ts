@@ -9,7 +9,7 @@ import type { GuestMemory } from "@troupe/core/GuestMemory"
 import type * as Effect from "effect/Effect"
 import type * as Scope from "effect/Scope"
 import type { Features } from "./Features.ts"
-import type { SplitQueue } from "./SplitQueue.ts"
+import type { Virtqueue } from "./Virtqueue.ts"
 
 /** Signals of virtio devices are numbered below this. */
 export const VIRTIO_SIGNAL_LIMIT = 31
@@ -31,7 +31,7 @@ export interface VirtioDriver {
   /** What was negotiated. */
   readonly features: Features
   /** The queues; `undefined` are those that the driver does not use. */
-  readonly queues: ReadonlyArray<SplitQueue | undefined>
+  readonly queues: ReadonlyArray<Virtqueue | undefined>
 }
 
 /**

@@ -6,6 +6,7 @@ import { MemoryRegion } from "@troupe/core/GuestMemory"
 import { HypervisorError, type InterruptLine, type Vm } from "@troupe/core/Hypervisor"
 import * as Effect from "effect/Effect"
 import { Ffi } from "../Ffi.ts"
+import { MADV_DONTNEED } from "../internal/ForeignFunctions.ts"
 import { HiddenCpuid } from "./Cpuid.ts"
 import { ExitObserver } from "./ExitCounts.ts"
 import { haltWatch } from "./HaltWatch.ts"
@@ -93,7 +94,12 @@ export const makeVm = Effect.gen(function*() {
     addMemory: (guestAddress, size) =>
       Effect.map(
         addSlot(guestAddress, size, "guest-writable"),
-        (mapping) => new MemoryRegion(guestAddress, mapping.buffer)
+        (mapping) =>
+          new MemoryRegion(guestAddress, mapping.buffer, (offset, length) => {
+            const result = ffi.functions.madvise(mapping.address + BigInt(offset), length, MADV_DONTNEED)
+            // Private memory that is not locked has no reason to be refused; what reads as zero must be zero all the same.
+            if (result < 0) new Uint8Array(mapping.buffer, offset, length).fill(0)
+          })
       ),
     attachBus: Effect.fnUntraced(function*(bus, handlers) {
       if (attached !== undefined) {

@@ -1,0 +1,12 @@
+/** Which transport a virtio device is reached through. */
+import type { Device } from "@troupe/core/Device"
+import type { VirtioTransport } from "@troupe/core/GuestConfig"
+import type { VirtioDevice } from "./VirtioDevice.ts"
+import { virtioMmio, type VirtioMmioOptions } from "./VirtioMmio.ts"
+
+/** What a device may choose besides its own nature, whatever its transport. */
+export type VirtioOptions = VirtioMmioOptions
+
+/** A virtio device as a device of the machine, behind the transport that the configuration chooses. */
+export const virtioOn = (_transport: VirtioTransport, device: VirtioDevice, options: VirtioOptions): Device =>
+  virtioMmio(device, options)
