@@ -174,7 +174,7 @@ void aml_scan(const u8 *aml, u64 size, bool report);
 #define VECTOR_IPI 0x21
 #define VECTOR_PIT 0x22
 #define VECTOR_SERIAL 0x24
-#define VECTOR_VIRTIO 0x25
+#define VECTOR_VIRTIO 0x25 /* the first of those for virtio devices, up to the spurious one */
 #define VECTOR_SPURIOUS 0x3f
 #define VECTORS 64
 
@@ -199,6 +199,10 @@ void isa_mask(u32 irq);
 
 /* Halts until `*value` has reached `wanted` (true) or `ms` have passed (false). Interrupts are off before and after. */
 bool wait_for(const volatile u32 *value, u32 wanted, u32 ms);
+/* The same for any condition: begin, halt while it does not hold and the time is not over, end. */
+void wait_begin(u32 ms);
+bool wait_over(void);
+void wait_end(void);
 void timer_ticks(void);
 void pit_ticks(void);
 
@@ -224,8 +228,12 @@ void memory_fill(bool user);
 void initrd_sum(void);
 void unmapped_check(u64 port, u64 addr);
 void string_io(u64 port);
+
+/* heap.c, virtio.c (virtio.h has the rest), and the drivers: one file each, one function that takes its words. */
+void heap_reset(void);
+void virtio_interrupt(u32 vector);
 void virtio_list(void);
-void virtio_rng(u32 size, u32 requests);
+bool virtio_rng(const char *word);
 void cpuid_report(void);
 
 void power_off(void);

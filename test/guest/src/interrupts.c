@@ -96,7 +96,10 @@ void interrupt(struct frame *frame) {
     say("exception %u error %x rip %x cr2 %x cpl %u", U(vector), frame->error, frame->rip, cr2, frame->cs & 3);
     halt_forever();
   }
-  if (handlers[vector]) handlers[vector]();
+  if (handlers[vector])
+    handlers[vector]();
+  else if (vector >= VECTOR_VIRTIO)
+    virtio_interrupt(vector);
   interrupt_count[vector]++;
   if (vector != VECTOR_SPURIOUS) lapic_eoi();
 }

@@ -3,8 +3,6 @@
 
 #define DEFAULT_HOLE_PORT 0x5f00
 #define DEFAULT_HOLE_ADDR 0xd00f0000ul
-#define DEFAULT_RNG_BYTES 32
-#define DEFAULT_RNG_REQUESTS 2
 
 struct state {
   bool quiet, user;
@@ -31,14 +29,10 @@ void cpuid_report(void) {
     say("cpuid hypervisor none");
 }
 
-/* "BYTES[,REQUESTS]" */
-static void rng_words(const char *text) {
-  u32 size = (u32)take_number(&text), requests = DEFAULT_RNG_REQUESTS;
-  if (*text == ',') {
-    text++;
-    requests = (u32)take_number(&text);
-  }
-  virtio_rng(size, requests);
+/* The drivers' words: each driver takes its own. */
+static bool driver(const char *word) {
+  heap_reset();
+  return virtio_rng(word);
 }
 
 static bool modifier(struct state *state, const char *word) {
@@ -113,10 +107,6 @@ static bool doing(struct state *state, const char *word) {
     console_echo(false);
   else if (str_equal(word, "virtio"))
     virtio_list();
-  else if (str_equal(word, "rng"))
-    virtio_rng(DEFAULT_RNG_BYTES, DEFAULT_RNG_REQUESTS);
-  else if ((value = after_prefix(word, "rng=")))
-    rng_words(value);
   else if (str_equal(word, "unmapped"))
     unmapped_check(state->hole_port, state->hole_addr);
   else if (str_equal(word, "string-io"))
@@ -138,7 +128,7 @@ static bool doing(struct state *state, const char *word) {
     if (!bench_parse(&bench, value)) return false;
     bench_run(&bench, state->user);
   } else
-    return false;
+    return driver(word);
   return true;
 }
 

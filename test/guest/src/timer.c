@@ -13,12 +13,21 @@
 /* A tick that came too late for the wait it belonged to must not end the next one. */
 static void take_pending(void) { asm volatile("sti\n\tnop\n\tnop\n\tcli" ::: "memory"); }
 
-bool wait_for(const volatile u32 *value, u32 wanted, u32 ms) {
+static u32 ticks_before;
+
+void wait_begin(u32 ms) {
   take_pending();
-  u32 before = interrupt_count[VECTOR_TIMER];
+  ticks_before = interrupt_count[VECTOR_TIMER];
   lapic_timer(ms, false);
-  while ((i64)*value - (i64)wanted < 0 && interrupt_count[VECTOR_TIMER] == before) sleep_until_interrupt();
-  lapic_timer(0, false);
+}
+
+bool wait_over(void) { return interrupt_count[VECTOR_TIMER] != ticks_before; }
+void wait_end(void) { lapic_timer(0, false); }
+
+bool wait_for(const volatile u32 *value, u32 wanted, u32 ms) {
+  wait_begin(ms);
+  while ((i64)*value - (i64)wanted < 0 && !wait_over()) sleep_until_interrupt();
+  wait_end();
   return (i64)*value - (i64)wanted >= 0;
 }
 

@@ -1,0 +1,264 @@
+/* Virtio devices over virtio-mmio, version 2, and split virtqueues, from the driver's side (virtio.h says how it is used). */
+#include "virtio.h"
+
+#define RESET_TRIES 100000
+#define CONFIG_TRIES 1000
+
+static struct virtio *by_vector[VECTORS];
+
+/* ---- the transport ---------------------------------------------------------------------------------------------- */
+
+static void set_address(const struct virtio *device, u32 reg, const volatile void *at) {
+  write32(device->base + reg, (u32)(u64)at);
+  write32(device->base + reg + 4, (u32)((u64)at >> 32));
+}
+
+static void write_status(const struct virtio *device, u32 status) { write32(device->base + MMIO_STATUS, status); }
+
+u32 virtio_status(const struct virtio *device) { return read32(device->base + MMIO_STATUS); }
+
+bool virtio_needs_reset(const struct virtio *device) { return virtio_status(device) & STATUS_NEEDS_RESET; }
+
+/* The status register may well be a page of memory that always shows a bit: the queues themselves say what is new. */
+void virtio_interrupt(u32 vector) {
+  struct virtio *device = by_vector[vector];
+  if (!device) return;
+  u32 cause = read32(device->base + MMIO_INTERRUPT_STATUS) & 3;
+  if (cause) write32(device->base + MMIO_INTERRUPT_ACK, cause);
+  if (cause & 2) device->config_changes++;
+  device->interrupts++;
+}
+
+bool virtio_find(struct virtio *device, u32 id, u32 nth) {
+  memset(device, 0, sizeof *device);
+  for (u32 i = 0; i < acpi.virtio_count; i++) {
+    const struct virtio_place *place = &acpi.virtio[i];
+    if (read32(place->base + MMIO_MAGIC) != MMIO_MAGIC_VALUE || read32(place->base + MMIO_DEVICE_ID) != id) continue;
+    if (nth--) continue;
+    device->base = place->base;
+    device->irq = place->irq;
+    device->level = place->level;
+    device->active_low = place->active_low;
+    device->id = id;
+    return true;
+  }
+  return false;
+}
+
+static bool reset(const struct virtio *device) {
+  write_status(device, 0);
+  for (u32 tries = 0; virtio_status(device) != 0; tries++)
+    if (tries == RESET_TRIES) return false;
+  return true;
+}
+
+const char *virtio_start(struct virtio *device, u64 wanted) {
+  u64 base = device->base;
+  if (read32(base + MMIO_VERSION) != 2) return "not version 2";
+  memset(device->queues, 0, sizeof device->queues);
+  if (!reset(device)) return "reset";
+  write_status(device, STATUS_ACKNOWLEDGE);
+  write_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+  write32(base + MMIO_DEVICE_FEATURES_SEL, 0);
+  device->offered = read32(base + MMIO_DEVICE_FEATURES);
+  write32(base + MMIO_DEVICE_FEATURES_SEL, 1);
+  device->offered |= U(read32(base + MMIO_DEVICE_FEATURES)) << 32;
+  if (!(device->offered & VIRTIO_F_VERSION_1)) return "no VIRTIO_F_VERSION_1";
+  wanted |= VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC;
+  device->features = device->offered & wanted;
+  write32(base + MMIO_DRIVER_FEATURES_SEL, 0);
+  write32(base + MMIO_DRIVER_FEATURES, (u32)device->features);
+  write32(base + MMIO_DRIVER_FEATURES_SEL, 1);
+  write32(base + MMIO_DRIVER_FEATURES, (u32)(device->features >> 32));
+  write_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+  return virtio_status(device) & STATUS_FEATURES_OK ? NULL : "features refused";
+}
+
+const char *virtq_setup(struct virtio *device, u32 index, u32 size_max) {
+  u64 base = device->base;
+  struct virtq *queue = &device->queues[index];
+  write32(base + MMIO_QUEUE_SEL, index);
+  if (read32(base + MMIO_QUEUE_READY)) return "queue in use";
+  u32 size = read32(base + MMIO_QUEUE_NUM_MAX);
+  if (!size) return "no such queue";
+  while (size > size_max) size >>= 1;
+  *queue = (struct virtq){.device = device, .index = (u16)index, .size = (u16)size};
+  queue->event_index = device->features & VIRTIO_F_EVENT_IDX;
+  queue->desc = heap_take(sizeof(struct virtq_desc) * size, PAGE);
+  queue->avail = heap_take(6 + 2 * U(size), 64);
+  queue->used = heap_take(6 + sizeof(struct virtq_used_elem) * size, 64);
+  queue->tokens = heap_take(sizeof(u64) * size, 64);
+  queue->lengths = heap_take(sizeof(u16) * size, 64);
+  if (device->features & VIRTIO_F_INDIRECT_DESC)
+    queue->tables = heap_take(sizeof(struct virtq_desc) * VIRTQ_TABLE * size, PAGE);
+  if (!queue->lengths || ((device->features & VIRTIO_F_INDIRECT_DESC) && !queue->tables)) return "no memory for a queue";
+  for (u32 i = 0; i < size; i++) {
+    queue->desc[i].next = (u16)(i + 1);
+    queue->lengths[i] = 0;
+  }
+  queue->free_count = (u16)size;
+  queue->avail->flags = queue->avail->idx = queue->used->flags = queue->used->idx = 0;
+  *virtq_used_event(queue) = 0;
+  *virtq_avail_event(queue) = 0;
+  write32(base + MMIO_QUEUE_NUM, size);
+  set_address(device, MMIO_QUEUE_DESC, queue->desc);
+  set_address(device, MMIO_QUEUE_DRIVER, queue->avail);
+  set_address(device, MMIO_QUEUE_DEVICE, queue->used);
+  write32(base + MMIO_QUEUE_READY, 1);
+  return read32(base + MMIO_QUEUE_READY) ? NULL : "queue refused";
+}
+
+static void release_interrupt(struct virtio *device) {
+  if (!device->vector) return;
+  ioapic_mask(device->irq);
+  by_vector[device->vector] = NULL;
+  device->vector = 0;
+}
+
+const char *virtio_ready(struct virtio *device) {
+  u32 vector = VECTOR_VIRTIO;
+  while (by_vector[vector])
+    if (++vector == VECTOR_SPURIOUS) return "no vector";
+  device->interrupts = device->config_changes = 0;
+  by_vector[vector] = device;
+  device->vector = vector;
+  if (!ioapic_route(device->irq, vector, device->level, device->active_low)) {
+    by_vector[vector] = NULL;
+    device->vector = 0;
+    return "no interrupt line";
+  }
+  write_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
+  return virtio_status(device) & STATUS_DRIVER_OK ? NULL : "not made ready";
+}
+
+bool virtio_stop(struct virtio *device) {
+  release_interrupt(device);
+  return reset(device);
+}
+
+void virtio_fail(struct virtio *device) {
+  release_interrupt(device);
+  write_status(device, STATUS_FAILED);
+}
+
+u8 virtio_config8(const struct virtio *device, u32 offset) { return read8(device->base + MMIO_CONFIG + offset); }
+u16 virtio_config16(const struct virtio *device, u32 offset) { return read16(device->base + MMIO_CONFIG + offset); }
+u32 virtio_config32(const struct virtio *device, u32 offset) { return read32(device->base + MMIO_CONFIG + offset); }
+
+u64 virtio_config64(const struct virtio *device, u32 offset) {
+  u64 value = 0;
+  for (u32 tries = 0; tries < CONFIG_TRIES; tries++) {
+    u32 generation = read32(device->base + MMIO_CONFIG_GENERATION);
+    value = virtio_config32(device, offset) | U(virtio_config32(device, offset + 4)) << 32;
+    if (read32(device->base + MMIO_CONFIG_GENERATION) == generation) break;
+  }
+  return value;
+}
+
+void virtio_config_write32(const struct virtio *device, u32 offset, u32 value) {
+  write32(device->base + MMIO_CONFIG + offset, value);
+}
+
+/* ---- queues ----------------------------------------------------------------------------------------------------- */
+
+volatile u16 *virtq_used_event(const struct virtq *queue) { return &queue->avail->ring[queue->size]; }
+volatile u16 *virtq_avail_event(const struct virtq *queue) { return (volatile u16 *)&queue->used->ring[queue->size]; }
+
+static u16 flags_of(const struct buffer *buffers, u32 count, u32 i) {
+  return (u16)((buffers[i].writable ? DESC_WRITE : 0) | (i + 1 < count ? DESC_NEXT : 0));
+}
+
+bool virtq_add(struct virtq *queue, const struct buffer *buffers, u32 count, u64 token) {
+  bool in_table = queue->tables && count > 1 && count <= VIRTQ_TABLE;
+  u16 wanted = in_table ? 1 : (u16)count, head = queue->free;
+  if (queue->free_count < wanted) return false;
+  if (in_table) {
+    struct virtq_desc *table = queue->tables + U(head) * VIRTQ_TABLE;
+    for (u32 i = 0; i < count; i++)
+      table[i] = (struct virtq_desc){(u64)buffers[i].at, buffers[i].size, flags_of(buffers, count, i), (u16)(i + 1)};
+    volatile struct virtq_desc *desc = &queue->desc[head];
+    desc->addr = (u64)table;
+    desc->len = count * sizeof *table;
+    desc->flags = DESC_INDIRECT;
+    queue->free = desc->next;
+  } else
+    for (u32 i = 0; i < count; i++) {
+      volatile struct virtq_desc *desc = &queue->desc[queue->free];
+      desc->addr = (u64)buffers[i].at;
+      desc->len = buffers[i].size;
+      desc->flags = flags_of(buffers, count, i);
+      queue->free = desc->next;
+    }
+  queue->free_count -= wanted;
+  queue->lengths[head] = wanted;
+  queue->tokens[head] = token;
+  queue->avail->ring[queue->next_avail & (queue->size - 1)] = head;
+  barrier();
+  queue->avail->idx = ++queue->next_avail;
+  return true;
+}
+
+void virtq_kick(struct virtq *queue) {
+  barrier();
+  u16 now = queue->next_avail, before = queue->kicked;
+  queue->kicked = now;
+  bool wanted = queue->event_index ? (u16)(now - *virtq_avail_event(queue) - 1) < (u16)(now - before)
+                                   : !(queue->used->flags & RING_QUIET);
+  if (!wanted) return;
+  queue->kicks++;
+  write32(queue->device->base + MMIO_QUEUE_NOTIFY, queue->index);
+}
+
+bool virtq_pending(const struct virtq *queue) { return queue->used->idx != queue->last_used; }
+
+/* A chain that is not ours is left there: `virtq_wait` says so. */
+static bool is_ours(const struct virtq *queue, u32 id) { return id < queue->size && queue->lengths[id] != 0; }
+
+bool virtq_take(struct virtq *queue, u64 *token, u32 *written) {
+  if (!virtq_pending(queue)) return false;
+  barrier();
+  u32 id = queue->used->ring[queue->last_used & (queue->size - 1)].id;
+  if (!is_ours(queue, id)) return false;
+  if (token) *token = queue->tokens[id];
+  if (written) *written = queue->used->ring[queue->last_used & (queue->size - 1)].len;
+  u16 last = (u16)id, length = queue->lengths[id];
+  for (u16 i = 1; i < length; i++) last = queue->desc[last].next;
+  queue->desc[last].next = queue->free;
+  queue->free = (u16)id;
+  queue->free_count += length;
+  queue->lengths[id] = 0;
+  queue->last_used++;
+  if (queue->event_index) *virtq_used_event(queue) = queue->last_used;
+  barrier();
+  return true;
+}
+
+const char *virtq_wait(struct virtq *queue, u32 ms) {
+  struct virtio *device = queue->device;
+  wait_begin(ms);
+  while (!virtq_pending(queue) && !wait_over() && !(device->config_changes && virtio_needs_reset(device)))
+    sleep_until_interrupt();
+  bool late = wait_over();
+  wait_end();
+  if (!virtq_pending(queue)) return virtio_needs_reset(device) ? "needs a reset" : "no answer";
+  if (late) return "no interrupt";
+  return is_ours(queue, queue->used->ring[queue->last_used & (queue->size - 1)].id) ? NULL : "wrong descriptor returned";
+}
+
+const char *virtq_call(struct virtq *queue, const struct buffer *buffers, u32 count, u32 *written) {
+  if (!virtq_add(queue, buffers, count, 0)) return "queue full";
+  virtq_kick(queue);
+  const char *error = virtq_wait(queue, VIRTIO_ANSWER_MS);
+  if (!error) virtq_take(queue, NULL, written);
+  return error;
+}
+
+/* ---- the action ------------------------------------------------------------------------------------------------- */
+
+void virtio_list(void) {
+  for (u32 i = 0; i < acpi.virtio_count; i++) {
+    u64 base = acpi.virtio[i].base;
+    say("virtio %x magic %x version %u device %u vendor %x", base, U(read32(base + MMIO_MAGIC)),
+        U(read32(base + MMIO_VERSION)), U(read32(base + MMIO_DEVICE_ID)), U(read32(base + MMIO_VENDOR_ID)));
+  }
+}

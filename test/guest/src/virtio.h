@@ -1,0 +1,165 @@
+/*
+ * What every virtio driver of this guest stands on: finding a device, its start and reset, and split virtqueues
+ * (virtio 1.3, sections 2, 3 and 4.2). A driver is one file; its course is
+ *
+ *   virtio_find, virtio_start, virtq_setup for each queue, virtio_ready;
+ *   virtq_add, virtq_kick, virtq_wait, virtq_take, as often as wanted;
+ *   virtio_stop.
+ *
+ * Functions that can fail return NULL or the reason, which the driver prints.
+ */
+#pragma once
+#include "guest.h"
+
+/* Device types (section 5). */
+#define VIRTIO_NET 1
+#define VIRTIO_BLOCK 2
+#define VIRTIO_CONSOLE 3
+#define VIRTIO_ENTROPY 4
+#define VIRTIO_BALLOON 5
+#define VIRTIO_VSOCK 19
+#define VIRTIO_MEM 24
+
+/* Feature bits of transports and queues (section 6). The first two are asked for without the driver's doing. */
+#define VIRTIO_F_INDIRECT_DESC (1ul << 28)
+#define VIRTIO_F_EVENT_IDX (1ul << 29)
+#define VIRTIO_F_VERSION_1 (1ul << 32)
+
+/* Device status (section 2.1). */
+#define STATUS_ACKNOWLEDGE 1
+#define STATUS_DRIVER 2
+#define STATUS_DRIVER_OK 4
+#define STATUS_FEATURES_OK 8
+#define STATUS_NEEDS_RESET 64
+#define STATUS_FAILED 128
+
+/* Registers of virtio-mmio, version 2 (section 4.2.2). */
+#define MMIO_MAGIC 0x000
+#define MMIO_VERSION 0x004
+#define MMIO_DEVICE_ID 0x008
+#define MMIO_VENDOR_ID 0x00c
+#define MMIO_DEVICE_FEATURES 0x010
+#define MMIO_DEVICE_FEATURES_SEL 0x014
+#define MMIO_DRIVER_FEATURES 0x020
+#define MMIO_DRIVER_FEATURES_SEL 0x024
+#define MMIO_QUEUE_SEL 0x030
+#define MMIO_QUEUE_NUM_MAX 0x034
+#define MMIO_QUEUE_NUM 0x038
+#define MMIO_QUEUE_READY 0x044
+#define MMIO_QUEUE_NOTIFY 0x050
+#define MMIO_INTERRUPT_STATUS 0x060
+#define MMIO_INTERRUPT_ACK 0x064
+#define MMIO_STATUS 0x070
+#define MMIO_QUEUE_DESC 0x080
+#define MMIO_QUEUE_DRIVER 0x090
+#define MMIO_QUEUE_DEVICE 0x0a0
+#define MMIO_CONFIG_GENERATION 0x0fc
+#define MMIO_CONFIG 0x100
+#define MMIO_MAGIC_VALUE 0x74726976
+
+/* How long a device may take for an answer. */
+#define VIRTIO_ANSWER_MS 10000
+
+/* The most queues of a device that a driver can set up, and the most buffers of a chain that go into a table. */
+#define VIRTIO_QUEUES 8
+#define VIRTQ_TABLE 16
+
+/* The parts of a split queue (section 2.7). */
+#define DESC_NEXT 1
+#define DESC_WRITE 2
+#define DESC_INDIRECT 4
+#define RING_QUIET 1 /* flags of both rings: no interrupt, or no kick, is wanted */
+
+struct virtq_desc {
+  u64 addr;
+  u32 len;
+  u16 flags, next;
+};
+struct virtq_avail {
+  u16 flags, idx, ring[]; /* used_event behind it */
+};
+struct virtq_used_elem {
+  u32 id, len;
+};
+struct virtq_used {
+  u16 flags, idx;
+  struct virtq_used_elem ring[]; /* avail_event behind it */
+};
+
+/* A buffer of a chain: the device reads it, or writes to it. Those it reads come first. */
+struct buffer {
+  const volatile void *at;
+  u32 size;
+  bool writable;
+};
+
+struct virtio;
+
+struct virtq {
+  struct virtio *device;
+  u16 index, size;
+  volatile struct virtq_desc *desc;
+  volatile struct virtq_avail *avail;
+  volatile struct virtq_used *used;
+  /* For each descriptor: the token of the chain that begins there, and how many descriptors the chain has (0: none). */
+  u64 *tokens;
+  u16 *lengths;
+  struct virtq_desc *tables; /* VIRTQ_TABLE for each descriptor, where indirect descriptors were negotiated */
+  u16 free, free_count;
+  u16 next_avail, kicked, last_used;
+  bool event_index;
+  u32 kicks;
+};
+
+struct virtio {
+  u64 base; /* registers */
+  u32 irq, vector;
+  u32 id; /* device type */
+  bool level, active_low;
+  u64 offered, features;
+  struct virtq queues[VIRTIO_QUEUES];
+  volatile u32 interrupts, config_changes; /* so far */
+};
+
+/* The `nth` device (from 0) of a type, among those that ACPI announces. */
+bool virtio_find(struct virtio *device, u32 id, u32 nth);
+/* Resets the device and negotiates: `wanted` and the features of queues and transport, as far as they are offered. */
+const char *virtio_start(struct virtio *device, u64 wanted);
+/* Sets a queue up, `size_max` entries (a power of two) or as many as the device can. */
+const char *virtq_setup(struct virtio *device, u32 queue, u32 size_max);
+/* Routes the interrupt and says DRIVER_OK. */
+const char *virtio_ready(struct virtio *device);
+/* Resets the device, waits until that is done, and takes its interrupt away. False: the device does not get done. */
+bool virtio_stop(struct virtio *device);
+/* Tells the device that its driver has given up, and takes its interrupt away. */
+void virtio_fail(struct virtio *device);
+
+u32 virtio_status(const struct virtio *device);
+bool virtio_needs_reset(const struct virtio *device);
+
+/* The configuration space; a value of 8 bytes is read until no change came in between. */
+u8 virtio_config8(const struct virtio *device, u32 offset);
+u16 virtio_config16(const struct virtio *device, u32 offset);
+u32 virtio_config32(const struct virtio *device, u32 offset);
+u64 virtio_config64(const struct virtio *device, u32 offset);
+void virtio_config_write32(const struct virtio *device, u32 offset, u32 value);
+
+/* Makes a chain available, in a table where that was negotiated. False: no descriptors are free. */
+bool virtq_add(struct virtq *queue, const struct buffer *buffers, u32 count, u64 token);
+/* Tells the device of what was added, if it wants to know. */
+void virtq_kick(struct virtq *queue);
+/* Takes a chain that the device is done with: its token, and how many bytes were written. False: there is none. */
+bool virtq_take(struct virtq *queue, u64 *token, u32 *written);
+bool virtq_pending(const struct virtq *queue);
+/* Halts until there is a chain to take. */
+const char *virtq_wait(struct virtq *queue, u32 ms);
+/* One chain there and back: added, kicked, waited for and taken. */
+const char *virtq_call(struct virtq *queue, const struct buffer *buffers, u32 count, u32 *written);
+/* The event indices behind the rings. */
+volatile u16 *virtq_used_event(const struct virtq *queue);
+volatile u16 *virtq_avail_event(const struct virtq *queue);
+
+/* Memory for rings and buffers: RAM behind the image, not cleared. NULL when there is no more. It is all given back before each
+ * word of the command line. */
+void *heap_take(u64 size, u64 alignment);
+u64 heap_left(void);
