@@ -103,11 +103,14 @@ export interface NetPort {
   readonly send: (frame: NetFrame) => boolean
   /**
    * Puts the next frame that waits into the frame's pieces, from the first byte on, and sets all offload fields. Returns its
-   * length. 0 when none waits; `readable` tells when to try again. -1 when the next frame was larger than `frame.size`: it is lost.
+   * length. 0 when none waits; `readable` tells when to try again. `-length` when the next frame is larger than `frame.size`: it
+   * stays the next one, for a call with more room or for {@link discard}. What the pieces hold then means nothing.
    *
    * A device that has no buffers does not call this: the port keeps what comes, up to a bound of its own, and then loses frames.
    */
   readonly receive: (frame: NetFrame) => number
+  /** Loses the next frame, of which `receive` has said that there is no room for it. */
+  readonly discard: () => void
   /** The device has sent all that it has for now: a port that gathers frames passes them on. */
   readonly flush?: () => void
 }
