@@ -56,6 +56,18 @@ export class DescriptorChain {
     return index < this.count ? this.#lengths[index] ?? 0 : 0
   }
 
+  /** The array that holds a buffer, from {@link offset} on, for those who must not allocate a view for each buffer. */
+  array(index: number): Uint8Array<ArrayBuffer> {
+    const region = index < this.count ? this.#regions[index] : undefined
+    if (region === undefined) throw new RangeError(`buffer ${index} of a chain with ${this.count}`)
+    return region.bytes
+  }
+
+  /** Where in its {@link array} a buffer begins. */
+  offset(index: number): number {
+    return index < this.count ? this.#offsets[index] ?? 0 : 0
+  }
+
   /** The first bytes of a buffer, at most `limit`, in place. The view must not be kept after the chain is completed. */
   view(index: number, limit = Number.POSITIVE_INFINITY): Uint8Array<ArrayBuffer> {
     const region = index < this.count ? this.#regions[index] : undefined
