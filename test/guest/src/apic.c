@@ -10,6 +10,7 @@
 #define LAPIC_LVT_TIMER 0x320
 #define LAPIC_LVT_LINT0 0x350
 #define LAPIC_TIMER_INITIAL 0x380
+#define LAPIC_TIMER_CURRENT 0x390
 #define LAPIC_TIMER_DIVIDE 0x3e0
 #define LAPIC_ENABLED 0x100
 #define LVT_MASKED 0x10000
@@ -53,6 +54,8 @@ void lapic_timer(u32 ms, bool periodic) {
   write32(lapic(LAPIC_LVT_TIMER), ms ? VECTOR_TIMER | (periodic ? LVT_PERIODIC : 0) : LVT_MASKED);
   write32(lapic(LAPIC_TIMER_INITIAL), ms * COUNTS_PER_MS);
 }
+
+u64 lapic_timer_left_ns(void) { return U(read32(lapic(LAPIC_TIMER_CURRENT))) * (1000000 / COUNTS_PER_MS); }
 
 static u32 ioapic_read(u64 base, u32 index) {
   write32(base + IOAPIC_SELECT, index);

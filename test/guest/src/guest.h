@@ -189,6 +189,7 @@ u32 lapic_id(void);
 void lapic_ipi(u32 apic, u32 low);
 /* Runs the local APIC's timer: `every` ms for ever, or once. 0 stops it. */
 void lapic_timer(u32 ms, bool periodic);
+u64 lapic_timer_left_ns(void);
 void lapic_eoi(void);
 /* Sends interrupt `gsi` to this processor as `vector`. False without an IO-APIC that has it. */
 bool ioapic_route(u32 gsi, u32 vector, bool level, bool active_low);
@@ -203,6 +204,8 @@ bool wait_for(const volatile u32 *value, u32 wanted, u32 ms);
 void wait_begin(u32 ms);
 bool wait_over(void);
 void wait_end(void);
+/* What is left of the time, in nanoseconds: a clock on every hypervisor, as long as the wait lasts. */
+u64 wait_left_ns(void);
 void timer_ticks(void);
 void pit_ticks(void);
 
@@ -233,6 +236,7 @@ void string_io(u64 port);
 void heap_reset(void);
 void virtio_interrupt(u32 vector);
 void virtio_list(void);
+bool virtio_blk(const char *word);
 bool virtio_rng(const char *word);
 void cpuid_report(void);
 

@@ -23,6 +23,7 @@ void wait_begin(u32 ms) {
 
 bool wait_over(void) { return interrupt_count[VECTOR_TIMER] != ticks_before; }
 void wait_end(void) { lapic_timer(0, false); }
+u64 wait_left_ns(void) { return lapic_timer_left_ns(); }
 
 bool wait_for(const volatile u32 *value, u32 wanted, u32 ms) {
   wait_begin(ms);

@@ -228,9 +228,28 @@ bool virtq_take(struct virtq *queue, u64 *token, u32 *written) {
   queue->free_count += length;
   queue->lengths[id] = 0;
   queue->last_used++;
+  virtq_arm(queue);
+  return true;
+}
+
+void virtq_arm(struct virtq *queue) {
   if (queue->event_index) *virtq_used_event(queue) = queue->last_used;
   barrier();
+}
+
+bool virtq_take_kept(struct virtq *queue, u64 *token, u32 *head) {
+  if (!virtq_pending(queue)) return false;
+  u32 id = queue->used->ring[queue->last_used & (queue->size - 1)].id;
+  if (!is_ours(queue, id)) return false;
+  *token = queue->tokens[id];
+  *head = id;
+  queue->last_used++;
   return true;
+}
+
+void virtq_add_kept(struct virtq *queue, u32 head) {
+  queue->avail->ring[queue->next_avail & (queue->size - 1)] = (u16)head;
+  queue->avail->idx = ++queue->next_avail; /* this processor's stores are seen in their order */
 }
 
 const char *virtq_wait(struct virtq *queue, u32 ms) {

@@ -150,6 +150,11 @@ bool virtq_add(struct virtq *queue, const struct buffer *buffers, u32 count, u64
 void virtq_kick(struct virtq *queue);
 /* Takes a chain that the device is done with: its token, and how many bytes were written. False: there is none. */
 bool virtq_take(struct virtq *queue, u64 *token, u32 *written);
+/* The same, but the chain stays as it is, and its head can be made available again. For loops that must be short. */
+bool virtq_take_kept(struct virtq *queue, u64 *token, u32 *head);
+void virtq_add_kept(struct virtq *queue, u32 head);
+/* Asks for an interrupt at the next chain. What came before has to be looked for. (`virtq_take` does it by itself.) */
+void virtq_arm(struct virtq *queue);
 bool virtq_pending(const struct virtq *queue);
 /* Halts until there is a chain to take. */
 const char *virtq_wait(struct virtq *queue, u32 ms);
