@@ -73,13 +73,12 @@ export const startBatchMachine = Effect.fnUntraced(function*(access: Access) {
   if (!(bus instanceof Bus)) return yield* Effect.die(new BenchError(bus.message))
   const seen = { writes: 0 }
   const backings: Array<Effect.Success<ReturnType<typeof vm.attachBus>>[number]> = []
-  const actor = new DeviceActor(makeDevice(seen), { _tag: "escalate" }, (generation, signal) => ({
+  const actor = new DeviceActor(makeDevice(seen), { _tag: "escalate" }, (own) => ({
     name: "bench",
     memory: new GuestMemory([memory]),
     ranges: backings,
     interrupts: [],
-    generation,
-    signal,
+    ...own,
     stop: () => undefined
   }))
   let waiting: CallReply | undefined

@@ -14,7 +14,7 @@ import type { AmlTerm } from "./acpi/Aml.ts"
 import type { AddressSpace, Doorbell, RangeBacking, ReadAccess, WriteAccess } from "./Bus.ts"
 import type { GuestMemory } from "./GuestMemory.ts"
 import type { GuestStop } from "./GuestStop.ts"
-import type { InterruptLine } from "./Hypervisor.ts"
+import type { InterruptLine, PluggableMemory } from "./Hypervisor.ts"
 import type { GuestFailure } from "./VcpuExit.ts"
 
 /** A device could not start, or its background work failed. */
@@ -43,12 +43,24 @@ export interface RangeRequest {
 /** An interrupt that a device asks for: this number, or any free one. */
 export type InterruptRequest = number | "any"
 
+/** Hot-pluggable memory that a device asks for. All numbers are in bytes and powers of two, or multiples of one. */
+export interface PluggableMemoryRequest {
+  /** Length of the region; a multiple of the block size. */
+  readonly size: number
+  /** What can be plugged and unplugged on its own: a power of two of at least one page. */
+  readonly blockSize: number
+  /** The region begins at a multiple of this power of two; the block size or more. */
+  readonly alignment: number
+}
+
 /** Where a device was placed. */
 export interface DevicePlacement {
   /** First address of each range, in the order of the requests. */
   readonly bases: ReadonlyArray<number>
   /** Global system interrupt of each interrupt, in the order of the requests. */
   readonly gsis: ReadonlyArray<number>
+  /** Guest physical address of its hot-pluggable memory, where it asked for some. */
+  readonly pluggableMemory?: number
 }
 
 /** What a device may use of its machine. Valid from `start` until the scope of `start` closes. */
@@ -59,10 +71,18 @@ export interface DeviceContext {
   readonly ranges: ReadonlyArray<RangeBacking>
   /** One line for each interrupt request. */
   readonly interrupts: ReadonlyArray<InterruptLine>
+  /** The device's hot-pluggable memory. It outlives restarts of the device, and ends with this life of the guest. */
+  readonly pluggableMemory?: PluggableMemory | undefined
   /** 0 at first; one more each time the device is started again after a failure. */
   readonly generation: number
   /** Has the device's own fiber call {@link DeviceBehaviour.signal} soon. Signals of one number that wait are one. */
   readonly signal: (number: number) => void
+  /**
+   * Called inside {@link DeviceBehaviour.write}: the vCPU whose write this is goes on only when the function that comes back
+   * is called, or when this generation of the device has ended. Meanwhile the device does everything else. Calling it again
+   * changes nothing; neither does it hold up anybody when nobody waits for the write.
+   */
+  readonly hold: () => () => void
   /** Ends the machine: the guest has turned it off, has asked for a reset, or has said that it failed. */
   readonly stop: (reason: GuestStop | GuestFailure) => void
 }
@@ -100,6 +120,8 @@ export interface Device {
   readonly name: string
   readonly ranges: ReadonlyArray<RangeRequest>
   readonly interrupts: ReadonlyArray<InterruptRequest>
+  /** Hot-pluggable memory, above all RAM. Default: none. */
+  readonly pluggableMemory?: PluggableMemoryRequest
   /** The device's nodes under `\_SB` in the DSDT, once it is placed. */
   readonly acpi?: (placement: DevicePlacement) => ReadonlyArray<AmlTerm>
   /** Services that it publishes to clients of the guest (`Guest.ts`). They outlive restarts. */

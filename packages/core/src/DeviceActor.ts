@@ -51,10 +51,20 @@ export class DeviceEscalated extends Schema.TaggedError<DeviceEscalated>()("Devi
 
 class DeviceCrashed extends Schema.TaggedError<DeviceCrashed>()("DeviceCrashed", { detail: Schema.String }) {}
 
+/** What a device's context has of its actor. */
+export type ActorContext = Pick<DeviceContext, "generation" | "signal" | "hold">
+
+/** One write that is held. A vCPU's reply is the same object each time, so it does not tell two of its writes apart. */
+interface HeldWrite {
+  readonly reply: CallReply
+}
+
+const nothing = (): void => undefined
+
 /** The machine's side of a running device. */
 export class DeviceActor {
   readonly device: Device
-  readonly #makeContext: (generation: number, signal: (number: number) => void) => DeviceContext
+  readonly #makeContext: (own: ActorContext) => DeviceContext
   readonly #policy: DevicePolicy
 
   /** The ring of waiting accesses, {@link RECORD_WORDS} words each. It grows to its bound, and never back. */
@@ -82,12 +92,16 @@ export class DeviceActor {
   #schedule: ((task: () => void) => void) | undefined
   #wakeScheduled = false
   #generation = 0
+  /** The write that is being handled, if a vCPU waits for it and the device does not hold it. */
+  #writing: CallReply | undefined
+  /** The writes that the device holds. */
+  readonly #held = new Set<HeldWrite>()
   #current: { readonly behaviour: DeviceBehaviour; readonly scope: Scope.Closeable } | undefined
 
   constructor(
     device: Device,
     policy: DevicePolicy,
-    makeContext: (generation: number, signal: (number: number) => void) => DeviceContext
+    makeContext: (own: ActorContext) => DeviceContext
   ) {
     this.device = device
     this.#policy = policy
@@ -195,7 +209,11 @@ export class DeviceActor {
   get #startGeneration(): Effect.Effect<void, DeviceFailure> {
     return Effect.uninterruptibleMask(Effect.fnUntraced({ self: this }, function*(restore) {
       const scope = yield* Scope.make()
-      const start = Effect.suspend(() => this.device.start(this.#makeContext(this.#generation++, this.signal)))
+      const start = Effect.suspend(() =>
+        this.device.start(
+          this.#makeContext({ generation: this.#generation++, signal: this.signal, hold: this.#hold })
+        )
+      )
       const behaviour = yield* restore(Scope.provide(start, scope)).pipe(
         Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void)
       )
@@ -207,9 +225,28 @@ export class DeviceActor {
     return Effect.suspend(() => {
       const current = this.#current
       this.#current = undefined
-      return current === undefined ? Effect.void : Scope.close(current.scope, exit)
+      if (current === undefined) return Effect.void
+      return Effect.ensuring(Scope.close(current.scope, exit), this.#releaseAll)
     })
   }
+
+  readonly #hold = (): () => void => {
+    const reply = this.#writing
+    if (reply === undefined) return nothing
+    this.#writing = undefined
+    const held: HeldWrite = { reply }
+    this.#held.add(held)
+    return () => this.#release(held)
+  }
+
+  #release(held: HeldWrite): void {
+    if (this.#held.delete(held)) held.reply.complete(0)
+  }
+
+  /** Nobody is left who could answer: the device's work has come to its end, so what was waited for is over. */
+  readonly #releaseAll: Effect.Effect<void> = Effect.sync(() => {
+    for (const held of this.#held) this.#release(held)
+  })
 
   /** One generation, from its start (unless `start` did that) to its failure. */
   get #life(): Effect.Effect<never, DeviceFailure> {
@@ -312,12 +349,23 @@ export class DeviceActor {
       this.#head = (slot + 1) % this.#capacity
       this.#count--
       this.#handled++
-      let answer = 0
-      try {
-        if (kindAndSize >> KIND_SHIFT === KIND_READ) answer = behaviour.read(range, offset, size)
-        else behaviour.write(range, offset, size, value)
-      } finally {
-        reply?.complete(answer)
+      if (kindAndSize >> KIND_SHIFT === KIND_READ) {
+        let answer = 0
+        try {
+          answer = behaviour.read(range, offset, size)
+        } finally {
+          reply?.complete(answer)
+        }
+      } else {
+        this.#writing = reply
+        try {
+          behaviour.write(range, offset, size, value)
+        } finally {
+          // Nothing, if the device holds it.
+          const answered = this.#writing
+          this.#writing = undefined
+          answered?.complete(0)
+        }
       }
     }
     if (this.#doorbellsWaiting > 0) this.#ringDoorbells(behaviour)

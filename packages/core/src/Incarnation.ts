@@ -30,7 +30,14 @@ import {
 import { loadGuest } from "./GuestLoader.ts"
 import { GuestMemory } from "./GuestMemory.ts"
 import { type GuestStop, Halt } from "./GuestStop.ts"
-import { Hypervisor, type HypervisorError, type InterruptLine, type Vcpu, type Vm } from "./Hypervisor.ts"
+import {
+  Hypervisor,
+  type HypervisorError,
+  type InterruptLine,
+  type PluggableMemory,
+  type Vcpu,
+  type Vm
+} from "./Hypervisor.ts"
 import { MachinePolicy } from "./MachinePolicy.ts"
 import { deviceInitializationFailure, type PlacedDevice, placeDevices } from "./Placement.ts"
 import { SerialPort } from "./SerialPort.ts"
@@ -89,12 +96,24 @@ const assemble = Effect.fnUntraced(function*(
       vm.addMemory(region.guestAddress, region.size),
       `${region.size} bytes of guest memory could not be added`
     ))
-  const memory = new GuestMemory(regions)
-
-  const placement = yield* Result.match(placeDevices(devices, hypervisor.limits.interruptLines), {
-    onFailure: (failure) => fail(deviceInitializationFailure(failure)),
-    onSuccess: Effect.succeed
-  })
+  const placement = yield* Result.match(
+    placeDevices(devices, hypervisor.limits.interruptLines, config.guestMemory),
+    {
+      onFailure: (failure) => fail(deviceInitializationFailure(failure)),
+      onSuccess: Effect.succeed
+    }
+  )
+  const pluggable = new Map<PlacedDevice, PluggableMemory>()
+  for (const placed of placement.devices) {
+    const { device: { name, pluggableMemory: request }, placement: { pluggableMemory: address } } = placed
+    if (request === undefined || address === undefined) continue
+    const added = vm.addPluggableMemory(address, request.size, request.blockSize)
+    pluggable.set(
+      placed,
+      yield* initialize(added, `${request.size} bytes of pluggable memory could not be added for ${name}`)
+    )
+  }
+  const memory = new GuestMemory([...regions, ...Array.from(pluggable.values(), ({ region }) => region)])
   const bus = yield* makeBus(placement.ranges, memory)
   const actors: Array<DeviceActor> = []
   const backings = yield* vm.attachBus(bus, deliverTo(actors, placement.devices)).pipe(
@@ -123,7 +142,8 @@ const assemble = Effect.fnUntraced(function*(
             })
           }))
     )
-    const actor = makeActor(placed, placed.device.policy ?? defaultPolicy, memory, backings, interrupts, stop)
+    const policy = placed.device.policy ?? defaultPolicy
+    const actor = makeActor(placed, policy, memory, pluggable.get(placed), backings, interrupts, stop)
     actors.push(actor)
     yield* actor.start.pipe(
       Effect.mapError((failure) =>
@@ -198,17 +218,18 @@ const makeActor = (
   { device, firstRange }: PlacedDevice,
   policy: NonNullable<Device["policy"]>,
   memory: GuestMemory,
+  pluggableMemory: PluggableMemory | undefined,
   backings: ReadonlyArray<RangeBacking>,
   interrupts: ReadonlyArray<InterruptLine>,
   stop: DeviceContext["stop"]
 ): DeviceActor =>
-  new DeviceActor(device, policy, (generation, signal) => ({
+  new DeviceActor(device, policy, (own) => ({
+    ...own,
     name: device.name,
     memory,
+    pluggableMemory,
     ranges: backings.slice(firstRange, firstRange + device.ranges.length),
     interrupts,
-    generation,
-    signal,
     stop
   }))
 

@@ -75,13 +75,12 @@ const makeActor = (
           })
       )
   }
-  const actor = new DeviceActor(device, policy, (generation, signal) => ({
+  const actor = new DeviceActor(device, policy, (own) => ({
+    ...own,
     name: device.name,
     memory: new GuestMemory([]),
     ranges: [],
     interrupts: [],
-    generation,
-    signal,
     stop: () => undefined
   }))
   return { actor, world }
@@ -305,4 +304,127 @@ describe("DeviceActor", () => {
       // One that works is waited for.
       assert.isTrue(actor.posted(0, 0, 1, 0))
     })))
+
+  const step = fc.record({
+    kind: fc.constantFrom(
+      "hold",
+      "hold",
+      "hold",
+      "release",
+      "release",
+      "read",
+      "write",
+      "posted",
+      "crash",
+      "crash held"
+    ),
+    value: fc.nat(12)
+  })
+
+  it.effect("answers a held write when it is released or the generation ends, and every call exactly once", () =>
+    Effect.promise(() =>
+      fc.assert(
+        fc.asyncProperty(fc.array(step, { maxLength: 40, size: "max" }), fc.boolean(), (steps, interrupt) =>
+          Effect.runPromise(Effect.gen(function*() {
+            const HOLD = 1
+            const CRASH = 2
+            // All that there ever were: also those of generations that have ended.
+            const releases: Array<() => void> = []
+            const answers: Array<number> = []
+            const expected: Array<number> = []
+            let held: Array<{ readonly call: number; readonly release: number }> = []
+            const { actor, world } = makeActor(
+              { _tag: "restart", schedule: Schedule.recurs(1000) },
+              (_, context) => ({
+                write: (_range, _offset, _size, value) => {
+                  if ((value & HOLD) !== 0) {
+                    releases.push(context.hold())
+                    // There is nothing left to hold.
+                    context.hold()()
+                  }
+                  if ((value & CRASH) !== 0) {
+                    throw new Error("crash")
+                  }
+                }
+              })
+            )
+            const call = (isWrite: boolean, value: number) => {
+              const index = answers.push(0) - 1
+              actor.call(0, 0, 1, isWrite, value, {
+                complete: () => {
+                  answers[index] = (answers[index] ?? 0) + 1
+                }
+              })
+              return index
+            }
+            const endAll = () => {
+              for (const { call } of held) {
+                expected[call] = 1
+              }
+              held = []
+            }
+            yield* Effect.scoped(Effect.gen(function*() {
+              const fiber = yield* running(actor)
+              yield* settle
+              for (const { kind, value } of steps) {
+                if (kind === "hold") {
+                  expected.push(0)
+                  held.push({ release: releases.length, call: call(true, HOLD) })
+                } else if (kind === "read" || kind === "write") {
+                  call(kind === "write", 0)
+                  expected.push(1)
+                } else if (kind === "posted") {
+                  actor.posted(0, 0, 1, HOLD)
+                } else if (kind === "release") {
+                  releases[value]?.()
+                  for (const { call, release } of held) {
+                    if (release === value) {
+                      expected[call] = 1
+                    }
+                  }
+                  held = held.filter(({ release }) =>
+                    release !== value
+                  )
+                } else {
+                  call(true, kind === "crash" ? CRASH : CRASH | HOLD)
+                  expected.push(1)
+                  endAll()
+                }
+                yield* settle
+                assert.deepStrictEqual(answers, expected)
+              }
+              if (interrupt) yield* Fiber.interrupt(fiber)
+            }))
+            endAll()
+            assert.deepStrictEqual(answers, expected)
+            for (const release of releases) release()
+            assert.deepStrictEqual(answers, expected)
+            assert.strictEqual(world.open, 0)
+          })))
+      )
+    ))
+
+  it.effect("goes on with everything else while it holds a write", () =>
+    Effect.gen(function*() {
+      let release = () => {}
+      const { actor, world } = makeActor(ESCALATE, (_, context) => ({
+        write: (_range, _offset, _size, value) => {
+          if (value === 1) release = context.hold()
+        }
+      }))
+      const answers: Array<number> = []
+      const held: Array<number> = []
+      yield* running(actor)
+      actor.call(0, 0, 1, true, 1, replyTo(held))
+      actor.call(0, 3, 1, false, 0, replyTo(answers))
+      actor.doorbell(0, 1)
+      actor.signal(3)
+      yield* settle
+      yield* actor.settled
+      assert.deepStrictEqual([held, answers], [[], [103]])
+      assert.deepStrictEqual(world.seen, ["read 3", "doorbell 1", "signal 3"])
+      release()
+      release()
+      assert.deepStrictEqual(held, [0])
+    }))
 })

@@ -21,13 +21,12 @@ const makeActor = (seen: Array<number>) =>
         })
     },
     { _tag: "escalate" },
-    (generation, signal) => ({
+    (own) => ({
       name: "device0",
       memory: new GuestMemory([]),
       ranges: [],
       interrupts: [],
-      generation,
-      signal,
+      ...own,
       stop: () => undefined
     })
   )

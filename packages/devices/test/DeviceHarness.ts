@@ -15,6 +15,8 @@ export class DeviceHarness {
   readonly interrupts: Array<number>
   readonly signals = new Set<number>()
   readonly doorbells = new Set<string>()
+  /** How many writes the device holds: in a machine, a vCPU would wait for each. */
+  held = 0
   readonly #posted: Array<() => void> = []
   #behaviour: DeviceBehaviour | undefined
   #generation = 0
@@ -43,6 +45,14 @@ export class DeviceHarness {
       })),
       generation: this.#generation++,
       signal: (number) => void this.signals.add(number),
+      hold: () => {
+        let held = true
+        this.held++
+        return () => {
+          if (held) this.held--
+          held = false
+        }
+      },
       stop: (reason) => void this.stops.push(reason)
     }
     return Effect.map(Effect.orDie(this.device.start(context)), (behaviour) => {
