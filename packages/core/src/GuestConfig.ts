@@ -11,6 +11,7 @@ import * as SchemaIssue from "effect/SchemaIssue"
 import { BadConfig, type ConfigIssue } from "./GuestError.ts"
 import { GuestFile } from "./GuestFile.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
+import { RateLimit } from "./RateLimit.ts"
 
 /** The largest `cpus` that the protocol can carry (it is a byte). A hypervisor may allow fewer. */
 export const CPUS_MAX = 255
@@ -59,12 +60,18 @@ export type CpuCount = typeof CpuCount.Type
 export const BlockSpec = Schema.Struct({
   id: Schema.NonEmptyString.check(Schema.isMaxLength(MAX_BLOCK_DEVICE_ID)),
   mode: Schema.Literals(["READ_WRITE", "READ_ONLY", "VOLATILE_WRITE"]),
-  format: Schema.Literals(["FILE", "QCOW", "BLOCK"])
+  format: Schema.Literals(["FILE", "QCOW", "BLOCK"]),
+  /** The most that the guest may read and write. Default: no limit. */
+  rateLimit: Schema.optionalKey(RateLimit)
 })
 /** A network interface of the guest. */
 export const NetSpec = Schema.Struct({
   macAddress: Schema.String.check(Schema.isPattern(/^[0-9a-f]{2}(:[0-9a-f]{2}){5}$/i)),
-  enableBridge: Schema.Boolean
+  enableBridge: Schema.Boolean,
+  /** The most that the guest may receive. Default: no limit. */
+  rxRateLimit: Schema.optionalKey(RateLimit),
+  /** The most that the guest may send. Default: no limit. */
+  txRateLimit: Schema.optionalKey(RateLimit)
 })
 /** A host port that accepts connections of the guest from its first instruction on. */
 export const VsockListener = Schema.Struct({ port: VsockPort })
@@ -111,6 +118,8 @@ export const GuestConfig = Schema.Struct({
   virtioGpu: off,
   /** The entropy device. Default: off. */
   virtioRng: off,
+  /** The most entropy that the guest may draw. Only with `virtioRng`. Default: no limit. */
+  entropyRateLimit: Schema.optionalKey(RateLimit),
   /** The socket device. Default: off. */
   virtioVsock: off,
   /** Sound output. Default: off. */

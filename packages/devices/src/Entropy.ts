@@ -2,7 +2,7 @@
  * The entropy device (virtio 1.3, section 5.4): one queue of buffers, which it fills with random bytes of the host.
  *
  * A turn has a budget, and a buffer that is larger than a turn may fill is given back partly filled, as the specification
- * allows, so no request of a guest holds the other devices up.
+ * allows, so no request of a guest holds the other devices up. With a rate limit, a request waits until its bytes are there.
  */
 import type { DevicePolicy } from "@troupe/core/Device"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
@@ -10,9 +10,10 @@ import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
 import * as Schedule from "effect/Schedule"
 import { EntropySource } from "./EntropySource.ts"
+import { makeThrottle, Throttle } from "./Throttle.ts"
 import { DescriptorChain } from "./virtio/DescriptorChain.ts"
 import { makeFeatures } from "./virtio/Features.ts"
-import type { VirtioBehaviour, VirtioDevice } from "./virtio/VirtioDevice.ts"
+import type { VirtioBehaviour, VirtioContext, VirtioDevice } from "./virtio/VirtioDevice.ts"
 import { virtioOn } from "./virtio/VirtioTransport.ts"
 import type { Virtqueue } from "./virtio/Virtqueue.ts"
 
@@ -31,9 +32,18 @@ export const entropyPolicy: DevicePolicy = {
   schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
 }
 
-const makeBehaviour = (source: EntropySource["Service"]): VirtioBehaviour => {
+/** The signal that there are tokens for the request that waits. */
+const SIGNAL_TOKENS = 0
+
+const makeBehaviour = (
+  source: EntropySource["Service"],
+  throttle: Throttle,
+  context: VirtioContext
+): VirtioBehaviour => {
   const chain = new DescriptorChain(ENTROPY_QUEUE_SIZE)
   let requests: Virtqueue | undefined
+  /** Whether the chain holds a request that waits for tokens. */
+  let waiting = false
 
   /** Fills the chain's buffers, at most `limit` bytes. Returns how many. */
   const fill = (limit: number): number => {
@@ -46,41 +56,53 @@ const makeBehaviour = (source: EntropySource["Service"]): VirtioBehaviour => {
     return done
   }
 
-  return {
-    activate: ({ queues }) => {
-      requests = queues[0]
-    },
-    notify: () => {
-      const queue = requests
-      if (queue === undefined) return false
-      queue.suppressNotifications()
-      let left = ENTROPY_BYTES_PER_TURN
-      for (let chains = 0; chains < ENTROPY_CHAINS_PER_TURN && left > 0; chains++) {
+  /** Answers requests. Returns `true` when there may be more for another turn. */
+  const work = (queue: Virtqueue): boolean => {
+    queue.suppressNotifications()
+    let left = ENTROPY_BYTES_PER_TURN
+    for (let chains = 0; chains < ENTROPY_CHAINS_PER_TURN && left > 0; chains++) {
+      if (!waiting) {
         if (!queue.take(chain)) return queue.resumeNotifications()
         if (chain.readableCount > 0 || chain.writableBytes === 0) {
           queue.reject("a request for random bytes is one or more writable buffers")
           return false
         }
-        const written = fill(left)
-        left -= written
-        queue.complete(chain, written)
       }
-      return true
+      const bytes = Math.min(chain.writableBytes, left)
+      waiting = !throttle.admit(bytes)
+      if (waiting) return false
+      left -= bytes
+      queue.complete(chain, fill(bytes))
+    }
+    return true
+  }
+
+  return {
+    activate: ({ queues }) => {
+      requests = queues[0]
     },
+    notify: () => requests !== undefined && !waiting && work(requests),
+    signal: () => requests !== undefined && work(requests),
     reset: () => {
       requests = undefined
+      waiting = false
+      throttle.reset()
       return true
-    }
+    },
+    run: throttle.run(() => context.signal(SIGNAL_TOKENS))
   }
 }
 
-/** The entropy device, before a transport. */
-export const entropy = (source: EntropySource["Service"]): VirtioDevice => ({
+/** The entropy device, before a transport. Its throttle, if it has one, outlives resets and restarts. */
+export const entropy = (
+  source: EntropySource["Service"],
+  throttle: Throttle = new Throttle(undefined, () => 0)
+): VirtioDevice => ({
   deviceId: VIRTIO_ID_ENTROPY,
   features: makeFeatures(),
   queueSizes: [ENTROPY_QUEUE_SIZE],
   config: new Uint8Array(0),
-  start: () => Effect.sync(() => makeBehaviour(source))
+  start: (context) => Effect.sync(() => makeBehaviour(source, throttle, context))
 })
 
 /** Adds the entropy device, which a machine has when `virtioRng` is set. */
@@ -88,10 +110,9 @@ export const layerEntropy: Layer.Layer<DeviceCatalog, never, DeviceCatalog | Ent
   Effect.map(EntropySource, (source) => ({
     provides: "virtioRng" as const,
     devices: (config) =>
-      Effect.succeed(
+      Effect.map(makeThrottle(config.entropyRateLimit), (throttle) =>
         config.virtioRng
-          ? [virtioOn(config.virtioTransport, entropy(source), { name: "rng0", policy: entropyPolicy })]
-          : []
-      )
+          ? [virtioOn(config.virtioTransport, entropy(source, throttle), { name: "rng0", policy: entropyPolicy })]
+          : [])
   }))
 )

@@ -34,16 +34,6 @@ export class Throttle {
     this.#now = now
   }
 
-  /** Whether anything is limited at all. */
-  get limited(): boolean {
-    return this.#limiter !== undefined
-  }
-
-  /** How many of `wanted` bytes may go now: for a device that may do a part of a request. Nothing is taken. */
-  allowance(wanted: number): number {
-    return this.#limiter === undefined ? wanted : Math.min(wanted, this.#limiter.availableBytes(this.#now()))
-  }
-
   /** Admits a request, and takes its tokens; or refuses it, and has the device woken when there are enough for it. */
   admit(bytes: number, operations = 1): boolean {
     const limiter = this.#limiter

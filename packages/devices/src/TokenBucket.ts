@@ -115,11 +115,6 @@ export class RateLimiter {
     this.#operations = limit.operations === undefined ? undefined : new TokenBucket(limit.operations, now)
   }
 
-  /** Bytes that may go at once. */
-  availableBytes(now: number): number {
-    return this.#bytes === undefined ? Number.POSITIVE_INFINITY : this.#bytes.available(now)
-  }
-
   /** Takes the tokens of a request if there are enough. */
   take(now: number, bytes: number, operations = 1): boolean {
     const enough = this.#bytes?.has(now, bytes) ?? true

@@ -1,11 +1,17 @@
 import { assert, describe, it } from "@effect/vitest"
+import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
+import { FakeHypervisor, GuestAcpi, GuestProgram, Simulation } from "@troupe/core/testing"
 import { splitQueueMemory } from "@troupe/core/testing/drivers/SplitQueueDriver"
 import { startVirtioMmio, VirtioMmio } from "@troupe/core/testing/drivers/VirtioMmioDriver"
+import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
+import * as Layer from "effect/Layer"
 import * as Random from "effect/Random"
 import * as fc from "fast-check"
+import { layer as layerDevices } from "../src/Catalog.ts"
 import { entropy, ENTROPY_BYTES_PER_TURN, ENTROPY_CHAINS_PER_TURN, ENTROPY_QUEUE_SIZE } from "../src/Entropy.ts"
 import { EntropySource } from "../src/EntropySource.ts"
+import { Throttle } from "../src/Throttle.ts"
 import { virtioMmio } from "../src/virtio/VirtioMmio.ts"
 import { DeviceHarness } from "./DeviceHarness.ts"
 import { HARNESS_PLACE, harnessCpu, runGuest } from "./HarnessCpu.ts"
@@ -142,6 +148,85 @@ describe("Entropy", () => {
       runGuest(driver.send(cpu, 0, [[{ address: DATA_ADDRESS, length: 9, writable: true }]]))
       assert.strictEqual(runGuest(driver.receive(cpu, 0)).written, 9)
     }))
+
+  it("keeps to its rate limit whatever is asked, answers everything in the end, and a reset fills no bucket", () => {
+    const bucket = fc.record({
+      size: fc.integer({ min: 50, max: 2000 }),
+      refillTimeMillis: fc.integer({ min: 1, max: 30 }),
+      oneTimeBurst: fc.nat({ max: 2000 })
+    })
+    const rounds = fc.array(fc.array(fc.integer({ min: 1, max: 3000 }), { minLength: 1, maxLength: 6 }), {
+      minLength: 1,
+      maxLength: 5
+    })
+    fc.assert(
+      fc.property(bucket, rounds, (bucket, rounds) =>
+        Effect.runSync(Effect.scoped(Effect.gen(function*() {
+          let now = 0
+          const source = countingSource()
+          const throttle = new Throttle({ bytes: bucket }, () => now)
+          const harness = new DeviceHarness(virtioMmio(entropy(source, throttle), { name: "rng0" }))
+          yield* harness.start
+          const cpu = harnessCpu(harness)
+          const most = () => bucket.size + bucket.oneTimeBurst + now * bucket.size / bucket.refillTimeMillis
+          for (const [round, lengths] of rounds.entries()) {
+            const driver = runGuest(
+              startVirtioMmio(cpu, HARNESS_PLACE, { memoryAddress: QUEUE_ADDRESS, queueSizes: [ENTROPY_QUEUE_SIZE] })
+            )
+            const requests = lengths.map((length) => [{ address: DATA_ADDRESS, length, writable: true }])
+            runGuest(driver.send(cpu, 0, requests))
+            harness.settle()
+            assert.isAtMost(source.bytes, most())
+            // Every other round is reset in the middle.
+            if (round % 2 === 1) continue
+            const all = lengths.reduce((sum, length) => sum + length, 0)
+            const end = now + Math.ceil(all / bucket.size * bucket.refillTimeMillis) + lengths.length
+            for (let answered = 0; answered < lengths.length; now++) {
+              harness.signals.add(0)
+              harness.settle()
+              while (driver.queue(0).poll() !== undefined) answered++
+              assert.isAtMost(source.bytes, most())
+              assert.isAtMost(now, end)
+            }
+          }
+        })))),
+      { numRuns: 60 }
+    )
+  })
+
+  it("waits for tokens in a machine, and is woken by the clock", () => {
+    const program = GuestProgram.make(function*(cpu) {
+      const place = GuestAcpi.find(cpu).virtioMmio[0]
+      if (place === undefined) throw new Error("the machine has no virtio device")
+      const driver = yield* startVirtioMmio(cpu, place, { memoryAddress: 0x18_0000 })
+      for (let i = 0; i < 10; i++) {
+        yield* driver.send(cpu, 0, [[{ address: 0x1a_0000, length: 100, writable: true }]])
+        if ((yield* driver.receive(cpu, 0)).written !== 100) throw new Error("the request was not answered in full")
+      }
+      yield* GuestAcpi.powerOff(cpu)
+    })
+    const layer = GuestLifecycle.layer.pipe(
+      Layer.provide(Layer.provide(layerDevices, EntropySource.layerRandom)),
+      Layer.provide(FakeHypervisor.layer())
+    )
+    Simulation.explore(
+      Effect.gen(function*() {
+        const lifecycle = yield* GuestLifecycle
+        yield* lifecycle.create({
+          kernelType: "LINUX",
+          kernel: GuestProgram.kernel(program),
+          cpus: 1,
+          guestMemory: "2M",
+          virtioRng: true,
+          entropyRateLimit: { bytes: { size: 200, refillTimeMillis: 1000 } }
+        })
+        const begin = yield* Clock.currentTimeMillis
+        assert.deepStrictEqual(yield* lifecycle.run, { _tag: "PowerOff" })
+        assert.strictEqual((yield* Clock.currentTimeMillis) - begin, 4000)
+      }).pipe(Effect.provide(layer)),
+      20
+    )
+  })
 
   it.effect("gives the same bytes for the same seed", () =>
     Effect.gen(function*() {
