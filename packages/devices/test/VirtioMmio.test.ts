@@ -2,8 +2,10 @@ import { assert, describe, it } from "@effect/vitest"
 import { splitQueueMemory } from "@troupe/core/testing/drivers/SplitQueueDriver"
 import { resetVirtioMmio, startVirtioMmio, VirtioMmio } from "@troupe/core/testing/drivers/VirtioMmioDriver"
 import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
 import * as Fiber from "effect/Fiber"
 import * as Logger from "effect/Logger"
+import * as Scope from "effect/Scope"
 import * as fc from "fast-check"
 import { DescriptorChain } from "../src/virtio/DescriptorChain.ts"
 import { makeFeatures } from "../src/virtio/Features.ts"
@@ -395,17 +397,66 @@ describe("VirtioMmio", () => {
       device.idle = false
       write(Register.Status, 0)
       assert.strictEqual(read(Register.Status), 15)
+      assert.strictEqual(harness.held, 1, "who wrote it waits")
       write(Register.Status, 15)
       write(Register.QueueReady, 1)
       runGuest(driver.notify(cpu, 0))
       harness.signals.add(0)
       harness.settle()
       assert.strictEqual(read(Register.Status), 15)
+      write(Register.Status, 0)
+      assert.strictEqual(harness.held, 2)
       device.idle = true
       harness.signals.add(0)
       harness.settle()
       assert.strictEqual(read(Register.Status), 0)
+      assert.strictEqual(harness.held, 0)
       assert.isUndefined(driver.queue(0).poll())
+      works(made)
+    }))
+
+  it.effect("has done the reset that a driver waits for when the device ends instead", () =>
+    Effect.gen(function*() {
+      const device = new TestDevice()
+      const harness = new DeviceHarness(virtioMmio(device, { name: "test0" }))
+      const first = yield* Scope.make()
+      yield* Scope.provide(harness.start, first)
+      const cpu = harnessCpu(harness)
+      const start = () =>
+        runGuest(startVirtioMmio(cpu, HARNESS_PLACE, { memoryAddress: QUEUES_ADDRESS, queueSizes: [8, 4] }))
+      start()
+      device.idle = false
+      harness.write(0, Register.Status, 4, 0)
+      assert.deepStrictEqual([harness.read(0, Register.Status, 4), harness.held], [15, 1])
+      yield* Scope.close(first, Exit.void)
+      assert.deepStrictEqual([harness.read(0, Register.Status, 4), harness.held], [0, 0])
+      device.idle = true
+      yield* harness.start
+      assert.deepStrictEqual([harness.read(0, Register.Status, 4), harness.interrupts[0]], [0, 0])
+      start()
+      assert.strictEqual(harness.read(0, Register.Status, 4), 15)
+    }))
+
+  it.effect("asks a device that was stopped for a fault whether it is idle, until it is", () =>
+    Effect.gen(function*() {
+      const made = yield* started
+      const { cpu, device, harness, start } = made
+      const driver = start()
+      device.idle = false
+      driver.queue(0).writeAvailableIndex(9)
+      runGuest(driver.notify(cpu, 0))
+      harness.settle()
+      const resets = device.resets
+      harness.signals.add(0)
+      harness.settle()
+      assert.strictEqual(device.resets, resets + 1)
+      device.idle = true
+      harness.signals.add(0)
+      harness.settle()
+      assert.strictEqual(device.resets, resets + 2)
+      harness.signals.add(0)
+      harness.settle()
+      assert.strictEqual(device.resets, resets + 2)
       works(made)
     }))
 

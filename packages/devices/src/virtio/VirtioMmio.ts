@@ -7,13 +7,13 @@
 import { virtioMmioDevice } from "@troupe/core/acpi/AcpiDevices"
 import { VIRTIO_MMIO_SIZE } from "@troupe/core/boot/MachineLayout"
 import type { Doorbell } from "@troupe/core/Bus"
-import type { Device, DeviceBehaviour, DevicePolicy } from "@troupe/core/Device"
+import type { Device, DevicePolicy, PluggableMemoryRequest } from "@troupe/core/Device"
 import type * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
-import * as Queue from "effect/Queue"
-import type { VirtioContext, VirtioDevice } from "./VirtioDevice.ts"
+import { readPage, startTransport } from "./TransportStart.ts"
+import type { VirtioDevice } from "./VirtioDevice.ts"
 import { InterruptCause, Register } from "./VirtioMmioLayout.ts"
-import { MmioRegisters, SIGNAL_LOOK } from "./VirtioMmioRegisters.ts"
+import { MmioRegisters } from "./VirtioMmioRegisters.ts"
 
 /** What a device may choose besides its own nature. */
 export interface VirtioMmioOptions {
@@ -23,12 +23,9 @@ export interface VirtioMmioOptions {
   readonly policy?: DevicePolicy
   /** Services that it publishes to clients of the guest. */
   readonly services?: Context.Context<never>
+  /** Hot-pluggable memory that the device needs. Default: none. */
+  readonly pluggableMemory?: PluggableMemoryRequest
 }
-
-/** Reports of broken drivers that wait to be logged; a guest that breaks things quickly is not worth more. */
-const REPORTS_WAITING_MAX = 4
-/** Reports that one generation of a device logs. */
-const REPORTS_MAX = 16
 
 /**
  * The doorbells: one for each queue, then the acknowledgement of an interrupt for used buffers alone, which nobody needs to
@@ -54,6 +51,7 @@ export const virtioMmio = (device: VirtioDevice, options: VirtioMmioOptions): De
   acpi: ({ bases: [base = 0], gsis: [gsi = 0] }) => [virtioMmioDevice((base / VIRTIO_MMIO_SIZE) % 0x1000, base, gsi)],
   ...(options.services === undefined ? {} : { services: options.services }),
   ...(options.policy === undefined ? {} : { policy: options.policy }),
+  ...(options.pluggableMemory === undefined ? {} : { pluggableMemory: options.pluggableMemory }),
   start: (context) =>
     Effect.gen(function*() {
       const page = context.ranges[0]?.page
@@ -61,37 +59,16 @@ export const virtioMmio = (device: VirtioDevice, options: VirtioMmioOptions): De
       if (page === undefined || line === undefined) {
         return yield* Effect.die(new Error(`${options.name} was not placed`))
       }
-      const reports = yield* Queue.dropping<string>(REPORTS_WAITING_MAX)
-      const registers = new MmioRegisters(device, {
-        page,
-        memory: context.memory,
-        interrupt: line.trigger,
-        signal: context.signal,
-        report: (text) => Queue.offerUnsafe(reports, text)
-      })
-      const virtioContext: VirtioContext = {
-        name: options.name,
-        memory: context.memory,
-        generation: context.generation,
-        signal: context.signal,
-        updateConfig: (change) => registers.updateConfig(change)
-      }
-      const behaviour = yield* device.start(virtioContext)
-      registers.start(behaviour)
-      const log = Queue.take(reports).pipe(
-        Effect.flatMap((text) => Effect.logWarning(`${options.name}: ${text}`)),
-        Effect.repeat({ times: REPORTS_MAX - 1 }),
-        Effect.andThen(Effect.never)
+      const { behaviour, registers } = yield* startTransport(
+        device,
+        context,
+        (ports) => new MmioRegisters(device, { ...ports, page, interrupt: line.trigger })
       )
-      const started: DeviceBehaviour = {
-        // The bus answers reads from the page. Whatever asks all the same sees the page.
-        read: (_, offset, size) =>
-          size === 1 ? page.getUint8(offset) : size === 2 ? page.getUint16(offset, true) : page.getUint32(offset, true),
+      return {
+        ...behaviour,
+        read: (_, offset, size) => readPage(page, offset, size),
         write: (_, offset, size, value) => registers.write(offset, size, value),
-        doorbell: (_, doorbell) => doorbell < device.queueSizes.length && registers.notify(doorbell),
-        signal: (number) => number === SIGNAL_LOOK ? registers.look() : registers.signal(number),
-        run: behaviour.run === undefined ? log : Effect.raceFirst(behaviour.run, log)
+        doorbell: (_, doorbell) => doorbell < device.queueSizes.length && registers.state.notify(doorbell)
       }
-      return started
     })
 })

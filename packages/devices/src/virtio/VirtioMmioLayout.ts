@@ -32,7 +32,7 @@ export const Register = {
   InterruptStatus: 0x060,
   /** The causes that the driver has seen (W). */
   InterruptACK: 0x064,
-  /** The device status: {@link DeviceStatus} (RW). */
+  /** The device status (RW). */
   Status: 0x070,
   /** Guest physical address of the descriptor table, low half (W). */
   QueueDescLow: 0x080,
@@ -66,22 +66,6 @@ export const MAGIC_VALUE = 0x7472_6976
 export const MMIO_VERSION = 2
 /** "TRPE", little-endian. */
 export const VENDOR_ID = 0x4550_5254
-
-/** Bits of the device status (virtio 1.3, section 2.1). */
-export const DeviceStatus = {
-  /** The guest has noticed the device. */
-  ACKNOWLEDGE: 1,
-  /** The guest knows how to drive it. */
-  DRIVER: 2,
-  /** The driver is ready. */
-  DRIVER_OK: 4,
-  /** The features are agreed. */
-  FEATURES_OK: 8,
-  /** The device cannot go on without a reset. Set by the device. */
-  DEVICE_NEEDS_RESET: 64,
-  /** The guest has given the device up. */
-  FAILED: 128
-} as const
 
 /** Bits of InterruptStatus and InterruptACK. */
 export const InterruptCause = {
