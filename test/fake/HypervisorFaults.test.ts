@@ -38,8 +38,8 @@ const hosted = <A, E>(
 
 const fake = FakeHypervisor.FakeHypervisor
 
-/** The reason that each operation's failure must have. */
-const reasonOf: { readonly [operation in FaultPlan.HypervisorOperation]: GuestErrorReason["_tag"] } = {
+/** The reason that each operation's failure must have. Those for pluggable memory are not in a cycle without such a device. */
+const reasonOf: { readonly [operation in FaultPlan.HypervisorOperation]?: GuestErrorReason["_tag"] } = {
   createVm: "GUEST_INITIALIZATION_FAILURE",
   addMemory: "GUEST_INITIALIZATION_FAILURE",
   attachBus: "DEVICE_INITIALIZATION_FAILURE",

@@ -5,6 +5,7 @@
  * instead of an exception, because such ranges come from the guest. The hypervisor that made a region detaches its buffer
  * before the memory goes away, so a view kept too long is empty, never dangling.
  */
+import type { BlockMap } from "./BlockMap.ts"
 import { addressEnd, formatAddress, INVALID_ADDRESS } from "./GuestAddress.ts"
 
 /** The page size of x86-64 guests and the granularity of memory slots, in bytes. */
@@ -26,11 +27,15 @@ export class MemoryRegion {
   /** The region as 16-bit words, for `Atomics` on ring indices (a virtqueue's `idx` fields are 2-byte aligned). */
   readonly words: Uint16Array<ArrayBuffer>
 
+  /** Which blocks of a pluggable region the guest has now; `undefined` when it always has all of it. */
+  readonly blocks: BlockMap | undefined
+
   readonly #giveBack: GiveBack | undefined
 
   /** `giveBack` is how the host takes pages of it back. Default: they are filled with zeros, and nobody gains memory. */
-  constructor(guestAddress: number, buffer: ArrayBuffer, giveBack?: GiveBack) {
+  constructor(guestAddress: number, buffer: ArrayBuffer, giveBack?: GiveBack, blocks?: BlockMap) {
     this.guestAddress = guestAddress
+    this.blocks = blocks
     this.#giveBack = giveBack
     this.size = buffer.byteLength
     this.bytes = new Uint8Array(buffer)
@@ -38,12 +43,16 @@ export class MemoryRegion {
     this.words = new Uint16Array(buffer)
   }
 
-  /** Whether `[address, address + length)` lies wholly inside this region. A region whose owner is closed holds nothing. */
+  /**
+   * Whether `[address, address + length)` lies wholly inside this region, and is plugged where that can change. A region whose
+   * owner is closed holds nothing.
+   */
   contains(address: number, length: number): boolean {
     const present = this.bytes.length
     if (address < this.guestAddress || present === 0) return false
     const end = addressEnd(address, length)
-    return end !== INVALID_ADDRESS && end <= this.guestAddress + present
+    return end !== INVALID_ADDRESS && end <= this.guestAddress + present &&
+      (this.blocks === undefined || this.blocks.covers(address - this.guestAddress, length))
   }
 
   /**
@@ -78,7 +87,7 @@ export class GuestMemory {
     }
   }
 
-  /** The number of bytes of all regions together. */
+  /** The number of bytes of all regions together, with those that are not plugged. */
   get size(): number {
     let size = 0
     for (const region of this.regions) size += region.size

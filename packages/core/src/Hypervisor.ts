@@ -8,6 +8,7 @@ import * as Context from "effect/Context"
 import type * as Effect from "effect/Effect"
 import * as Schema from "effect/Schema"
 import type * as Scope from "effect/Scope"
+import type { BlockMap, PLUGGABLE_BLOCKS_MAX } from "./BlockMap.ts"
 import type { Bus, BusHandlers, RangeBacking } from "./Bus.ts"
 import type { MemoryRegion } from "./GuestMemory.ts"
 import type { VcpuExit } from "./VcpuExit.ts"
@@ -56,6 +57,27 @@ export interface Vcpu {
   readonly run: Effect.Effect<VcpuExit, HypervisorError>
 }
 
+/**
+ * Guest memory that comes and goes in blocks while the guest runs.
+ *
+ * A plugged block is ordinary RAM, zero at first. A block that is not plugged is nothing: its memory is with the host, the
+ * guest finds an open bus at its addresses, and `GuestMemory` refuses ranges that touch it. A block that stays plugged is never
+ * away for a moment, whatever happens to its neighbours.
+ */
+export interface PluggableMemory {
+  /** The whole region; its `blocks` say which of it there is. */
+  readonly region: MemoryRegion
+  /** Its `blocks`. */
+  readonly blocks: BlockMap
+  /**
+   * Plugs all of `count` blocks from `first` on that are not plugged. When it fails nothing has changed; when it is interrupted
+   * some may be plugged, and `blocks` says which.
+   */
+  readonly plug: (first: number, count: number) => Effect.Effect<void, HypervisorError>
+  /** Unplugs all of `count` blocks from `first` on that are plugged, with the same promise. */
+  readonly unplug: (first: number, count: number) => Effect.Effect<void, HypervisorError>
+}
+
 /** One virtual machine, empty at first. Make it in this order: memory, bus, interrupt lines, vCPUs. */
 export interface Vm {
   /** Adds zeroed RAM at `guestAddress`. Both numbers, in bytes, are multiples of the page size. */
@@ -63,6 +85,15 @@ export interface Vm {
     guestAddress: number,
     size: number
   ) => Effect.Effect<MemoryRegion, HypervisorError, Scope.Scope>
+  /**
+   * Adds a region of which nothing is plugged. All numbers are in bytes: `blockSize` is a power of two of at least one page,
+   * the others are multiples of it, and there are at most {@link PLUGGABLE_BLOCKS_MAX} blocks.
+   */
+  readonly addPluggableMemory: (
+    guestAddress: number,
+    size: number,
+    blockSize: number
+  ) => Effect.Effect<PluggableMemory, HypervisorError, Scope.Scope>
   /** Puts the bus in place, once; returns what backs each of its ranges, in their order. */
   readonly attachBus: (
     bus: Bus,

@@ -1,6 +1,11 @@
 /** Gives devices their places: addresses in the device window and interrupt numbers. Pure and deterministic. */
 import * as Result from "effect/Result"
-import { IO_APIC_ADDRESS, VIRTIO_MMIO_ADDRESS } from "./boot/MachineLayout.ts"
+import {
+  IO_APIC_ADDRESS,
+  MAXIMUM_MEMORY_SIZE,
+  pluggableMemoryAddress,
+  VIRTIO_MMIO_ADDRESS
+} from "./boot/MachineLayout.ts"
 import type { BusRange } from "./Bus.ts"
 import { type Device, DeviceFailure, type DevicePlacement } from "./Device.ts"
 import { DeviceInitializationFailure } from "./GuestError.ts"
@@ -24,10 +29,11 @@ export interface MachinePlacement {
   readonly ranges: ReadonlyArray<BusRange>
 }
 
-/** Places devices in the order given, or names the one for which there is no place. */
+/** Places devices in the order given, in a machine with this much RAM, or names the one for which there is no place. */
 export const placeDevices = (
   devices: ReadonlyArray<Device>,
-  interruptLines: number
+  interruptLines: number,
+  memorySize: number
 ): Result.Result<MachinePlacement, DeviceFailure> => {
   const taken = new Set<number>()
   for (const device of devices) {
@@ -45,6 +51,7 @@ export const placeDevices = (
   }
   let nextPage = VIRTIO_MMIO_ADDRESS
   let nextGsi = FIRST_FREE_GSI
+  let nextPluggable = pluggableMemoryAddress(memorySize)
   const ranges: Array<BusRange> = []
   const placed: Array<PlacedDevice> = []
   for (const device of devices) {
@@ -84,7 +91,21 @@ export const placeDevices = (
       taken.add(nextGsi)
       gsis.push(nextGsi)
     }
-    placed.push({ device, placement: { bases, gsis }, firstRange })
+    const request = device.pluggableMemory
+    if (request === undefined) {
+      placed.push({ device, placement: { bases, gsis }, firstRange })
+      continue
+    }
+    const pluggableMemory = Math.ceil(nextPluggable / request.alignment) * request.alignment
+    nextPluggable = pluggableMemory + request.size
+    if (nextPluggable > MAXIMUM_MEMORY_SIZE) {
+      return refuse(
+        device,
+        `${request.size} bytes of pluggable memory, aligned to ${request.alignment}, do not fit behind the RAM`,
+        "Configure a smaller region or a smaller alignment"
+      )
+    }
+    placed.push({ device, placement: { bases, gsis, pluggableMemory }, firstRange })
   }
   return Result.succeed({ devices: placed, ranges })
 }

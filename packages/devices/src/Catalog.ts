@@ -3,11 +3,13 @@ import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
 import * as Layer from "effect/Layer"
 import { layerEntropy } from "./Entropy.ts"
 import type { EntropySource } from "./EntropySource.ts"
+import { layerMem } from "./Mem.ts"
 import { layerPower } from "./Power.ts"
 import { layerSerial } from "./Serial.ts"
 
 /** A catalog of all devices of this package. Entropy needs a source of random bytes. */
 export const layer: Layer.Layer<DeviceCatalog, never, EntropySource> = layerEntropy.pipe(
+  Layer.provide(layerMem),
   Layer.provide(layerPower),
   Layer.provide(layerSerial),
   Layer.provide(DeviceCatalog.layerEmpty)

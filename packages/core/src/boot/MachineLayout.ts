@@ -7,7 +7,7 @@
  * | `0x9_fc00` to `0x10_0000` | reserved; ACPI tables from {@link ACPI_TABLES_ADDRESS}, {@link RESET_VECTOR_ADDRESS} |
  * | `0x10_0000` to {@link DEVICE_WINDOW_ADDRESS} | RAM: kernel, initial RAM disk |
  * | {@link DEVICE_WINDOW_ADDRESS} to 4 GiB | devices, interrupt controllers, pages that KVM needs for itself |
- * | 4 GiB and up | the RAM that does not fit below the device window |
+ * | 4 GiB and up | the RAM that does not fit below the device window, then hot-pluggable memory |
  */
 
 /** 4 GiB: the first address that does not fit into 32 bits. */
@@ -76,3 +76,7 @@ export const ramRegions = (sizeBytes: number): ReadonlyArray<AddressRange> =>
       { guestAddress: 0, size: DEVICE_WINDOW_ADDRESS },
       { guestAddress: FOUR_GIB, size: sizeBytes - DEVICE_WINDOW_ADDRESS }
     ]
+
+/** The first address behind 4 GiB and all RAM: hot-pluggable memory begins here, or at the next address that suits it. */
+export const pluggableMemoryAddress = (memorySizeBytes: number): number =>
+  ramRegions(memorySizeBytes).reduce((end, region) => Math.max(end, region.guestAddress + region.size), FOUR_GIB)

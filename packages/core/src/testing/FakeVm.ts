@@ -3,10 +3,11 @@ import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import type * as Fiber from "effect/Fiber"
 import type * as Scope from "effect/Scope"
+import { BlockMap, PLUGGABLE_BLOCKS_MAX } from "../BlockMap.ts"
 import type { Bus, BusHandlers, RangeBacking } from "../Bus.ts"
 import { ADDRESS_LIMIT, addressEnd, formatAddress, INVALID_ADDRESS } from "../GuestAddress.ts"
 import { GuestMemory, MemoryRegion, PAGE_SIZE } from "../GuestMemory.ts"
-import type { HypervisorError, HypervisorLimits, InterruptLine, Vcpu, Vm } from "../Hypervisor.ts"
+import type { HypervisorError, HypervisorLimits, InterruptLine, PluggableMemory, Vcpu, Vm } from "../Hypervisor.ts"
 import type { VcpuExit } from "../VcpuExit.ts"
 import type { VcpuState } from "../VcpuState.ts"
 import { FakeBus } from "./FakeBus.ts"
@@ -72,6 +73,32 @@ export class FakeVm implements Vm, SimulationParticipant {
         () => this.#allocate(guestAddress, size, what),
         (region) => this.#free(region)
       )
+    )
+  }
+
+  readonly addPluggableMemory = (
+    guestAddress: number,
+    size: number,
+    blockSize: number
+  ): Effect.Effect<PluggableMemory, HypervisorError, Scope.Scope> => {
+    const what = `${formatAddress(guestAddress)}, ${formatAddress(size)}, ${formatAddress(blockSize)}`
+    const allocate = (): MemoryRegion | HypervisorError => {
+      const count = size / blockSize
+      if (
+        !Number.isInteger(Math.log2(blockSize)) || blockSize < PAGE_SIZE || guestAddress % blockSize !== 0 ||
+        !Number.isInteger(count) || count > PLUGGABLE_BLOCKS_MAX
+      ) {
+        return refusal("addPluggableMemory", what, "this is not a region of whole blocks, or of too many", EINVAL)
+      }
+      return this.#allocate(guestAddress, size, what, new BlockMap(count, blockSize))
+    }
+    return Effect.map(
+      this.world.operation(
+        "addPluggableMemory",
+        what,
+        this.world.resource(`${this.#name} pluggable memory ${what}`, allocate, (region) => this.#free(region))
+      ),
+      (region) => this.#pluggable(region)
     )
   }
 
@@ -182,7 +209,34 @@ export class FakeVm implements Vm, SimulationParticipant {
     this.world.trace.record(this.now(), kind, this.number, vcpu, address, 0, value)
   }
 
-  #allocate(guestAddress: number, size: number, what: string): MemoryRegion | HypervisorError {
+  #pluggable(region: MemoryRegion): PluggableMemory {
+    const blocks = region.blocks ?? new BlockMap(0, PAGE_SIZE)
+    const change = (operation: "plug" | "unplug") => (first: number, count: number) => {
+      const what = `${count} blocks from ${first} on`
+      return this.world.operation(
+        operation,
+        what,
+        Effect.suspend(() => {
+          if (region.bytes.length === 0) return Effect.fail(refusal(operation, what, "the memory was released", EINVAL))
+          if (!Number.isInteger(first) || first < 0 || !(count >= 0) || first + count > blocks.count) {
+            return Effect.fail(refusal(operation, what, "the region does not have all of these blocks", EINVAL))
+          }
+          const plugged = operation === "plug"
+          for (let i = 0; i < count; i++) {
+            const block = plugged ? first + count - 1 - i : first + i
+            if (blocks.isPlugged(block) === plugged) continue
+            region.bytes.fill(0, block * blocks.blockSize, (block + 1) * blocks.blockSize)
+            blocks.set(block, plugged)
+          }
+          this.trace(operation, -1, region.guestAddress + first * blocks.blockSize, count)
+          return Effect.void
+        })
+      )
+    }
+    return { region, blocks, plug: change("plug"), unplug: change("unplug") }
+  }
+
+  #allocate(guestAddress: number, size: number, what: string, blocks?: BlockMap): MemoryRegion | HypervisorError {
     const end = addressEnd(guestAddress, size)
     if (end === INVALID_ADDRESS || end > ADDRESS_LIMIT || size === 0) {
       return refusal("addMemory", what, "this is no range of addresses", EINVAL)
@@ -208,7 +262,7 @@ export class FakeVm implements Vm, SimulationParticipant {
     } catch {
       return refusal("addMemory", what, "there is not enough memory", ENOMEM)
     }
-    const region = new MemoryRegion(guestAddress, buffer)
+    const region = new MemoryRegion(guestAddress, buffer, undefined, blocks)
     this.memory = new GuestMemory([...this.memory.regions, region])
     this.trace("add-memory", -1, guestAddress, size)
     return region

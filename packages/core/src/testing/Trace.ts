@@ -11,6 +11,8 @@ export const TRACE_KINDS = [
   "release-vm",
   "add-memory",
   "release-memory",
+  "plug",
+  "unplug",
   "attach-bus",
   "release-bus",
   "interrupt-line",

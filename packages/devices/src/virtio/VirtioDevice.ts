@@ -6,6 +6,7 @@
  */
 import type { DeviceFailure } from "@troupe/core/Device"
 import type { GuestMemory } from "@troupe/core/GuestMemory"
+import type { PluggableMemory } from "@troupe/core/Hypervisor"
 import type * as Effect from "effect/Effect"
 import type * as Scope from "effect/Scope"
 import type { Features } from "./Features.ts"
@@ -22,8 +23,13 @@ export interface VirtioContext {
   readonly generation: number
   /** Has the device's own fiber call {@link VirtioBehaviour.signal} soon. */
   readonly signal: (number: number) => void
-  /** Changes the configuration space and tells the driver. The new value must be complete when `change` returns. */
-  readonly updateConfig: (change: (config: DataView) => void) => void
+  /** The hot-pluggable memory that the transport's options ask for. */
+  readonly pluggableMemory: PluggableMemory | undefined
+  /**
+   * Changes the configuration space and tells the driver, unless it is to be done quietly. The new value must be complete when
+   * `change` returns.
+   */
+  readonly updateConfig: (change: (config: DataView) => void, options?: { readonly quietly: boolean }) => void
 }
 
 /** A driver that has negotiated its features, has set its queues up and is ready. */

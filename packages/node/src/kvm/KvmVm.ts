@@ -6,7 +6,6 @@ import { MemoryRegion } from "@troupe/core/GuestMemory"
 import { HypervisorError, type InterruptLine, type Vm } from "@troupe/core/Hypervisor"
 import * as Effect from "effect/Effect"
 import { Ffi } from "../Ffi.ts"
-import { MADV_DONTNEED } from "../internal/ForeignFunctions.ts"
 import { HiddenCpuid } from "./Cpuid.ts"
 import { ExitObserver } from "./ExitCounts.ts"
 import { haltWatch } from "./HaltWatch.ts"
@@ -17,6 +16,7 @@ import { KvmIrqfd, KvmPitConfig } from "./KvmStructs.ts"
 import { KvmSystem } from "./KvmSystem.ts"
 import { type Machine, makeVcpu } from "./KvmVcpu.ts"
 import { memorySlots } from "./MemorySlots.ts"
+import { giveBackOf, pluggableSlots } from "./PluggableSlots.ts"
 import type { AccessTableBuffers } from "./thread/AccessTable.ts"
 import { PostedRing } from "./thread/PostedRing.ts"
 import { REQUEST_STOP } from "./thread/VcpuControl.ts"
@@ -73,7 +73,7 @@ export const makeVm = Effect.gen(function*() {
   let attached: Effect.Success<ReturnType<typeof attachBus>> | undefined
   let defect: { readonly value: unknown } | undefined
   yield* Effect.mapError(wake.onSignal(() => attached?.dispatcher.turn()), kvmError)
-  const { addSlot, dropStale } = yield* memorySlots(vm, ioctl, hasVcpus)
+  const { addSlot, dropStale, reserve } = yield* memorySlots(vm, ioctl, hasVcpus)
   yield* Effect.forkScoped(haltWatch(runners))
 
   const machine: Machine = {
@@ -94,13 +94,10 @@ export const makeVm = Effect.gen(function*() {
     addMemory: (guestAddress, size) =>
       Effect.map(
         addSlot(guestAddress, size, "guest-writable"),
-        (mapping) =>
-          new MemoryRegion(guestAddress, mapping.buffer, (offset, length) => {
-            const result = ffi.functions.madvise(mapping.address + BigInt(offset), length, MADV_DONTNEED)
-            // Private memory that is not locked has no reason to be refused; what reads as zero must be zero all the same.
-            if (result < 0) new Uint8Array(mapping.buffer, offset, length).fill(0)
-          })
+        (mapping) => new MemoryRegion(guestAddress, mapping.buffer, giveBackOf(ffi.functions, mapping))
       ),
+    addPluggableMemory: (guestAddress, size, blockSize) =>
+      Effect.provideService(pluggableSlots(reserve)(guestAddress, size, blockSize), Ffi, ffi),
     attachBus: Effect.fnUntraced(function*(bus, handlers) {
       if (attached !== undefined) {
         return yield* new HypervisorError({ operation: "attachBus", detail: "the machine has a bus already" })

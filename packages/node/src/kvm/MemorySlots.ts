@@ -11,6 +11,7 @@ import { kvmError } from "./KvmError.ts"
 import { KvmIoctl, KvmValue } from "./KvmIoctl.ts"
 import { KvmUserspaceMemoryRegion } from "./KvmStructs.ts"
 import type { KvmSystem } from "./KvmSystem.ts"
+import type { SlotRange } from "./PluggableSlots.ts"
 
 /** Adds a slot of zeroed memory; it leaves the machine, and then the process, when the scope closes. */
 export type AddSlot = (
@@ -33,6 +34,8 @@ const encode = (slot: number, flags: number, guestAddress: number, size: number,
 /** The slots of a machine. */
 export interface MemorySlots {
   readonly addSlot: AddSlot
+  /** Slots whose numbers are used for nothing else, for blocks that come and go. */
+  readonly reserve: (count: number) => SlotRange
   /** Takes slots whose memory is gone out of the machine. Comes before a vCPU is made. */
   readonly dropStale: Effect.Effect<void, HypervisorError>
 }
@@ -50,7 +53,7 @@ export const memorySlots = Effect.fnUntraced(function*(
   hasVcpus: () => boolean
 ) {
   const ffi = yield* Ffi
-  const stale: Array<Effect.Effect<number, HypervisorError>> = []
+  const stale: Array<Effect.Effect<unknown, HypervisorError>> = []
   let nextSlot = 0
 
   const addSlot: AddSlot = Effect.fnUntraced(function*(guestAddress, size, access) {
@@ -76,6 +79,23 @@ export const memorySlots = Effect.fnUntraced(function*(
     })
     return mapping
   })
+  const reserve = (count: number): SlotRange => {
+    const first = nextSlot
+    nextSlot += count
+    const set: SlotRange["set"] = (index, guestAddress, size, hostAddress) =>
+      Effect.asVoid(
+        ioctl(vm, KvmIoctl.KVM_SET_USER_MEMORY_REGION, encode(first + index, 0, guestAddress, size, hostAddress))
+      )
+    return {
+      set,
+      drop: (index, guestAddress, hostAddress) => {
+        const gone = set(index, guestAddress, 0, hostAddress)
+        if (hasVcpus()) return Effect.ignore(gone)
+        stale.push(gone)
+        return Effect.void
+      }
+    }
+  }
   const dropStale = Effect.suspend(() => Effect.all(stale.splice(0), { discard: true }))
-  return { addSlot, dropStale } satisfies MemorySlots
+  return { addSlot, reserve, dropStale } satisfies MemorySlots
 })
