@@ -22,7 +22,7 @@ flags="-m64 -std=gnu11 -Os -ffreestanding -nostdinc -fno-builtin -fno-pic -fno-p
 # Everything is named by its path from here, so that no other path can get in.
 cd "$here/src"
 objects=
-for source in entry.S vectors.S user.S trampoline.S acpi.c aml.c apic.c bench.c boot.c console.c heap.c interrupts.c main.c \
+for source in entry.S vectors.S user.S trampoline.S acpi.c aml.c apic.c bench.c boot.c console.c heap.c hostile.c interrupts.c main.c \
   memory.c power.c print.c serial.c smp.c string.c timer.c unmapped.c \
   virtio*.c; do
   # shellcheck disable=SC2086

@@ -212,6 +212,10 @@ void pit_ticks(void);
 /* ---- the actions ------------------------------------------------------------------------------------------------ */
 
 void smp_start(void);
+/* Has another processor do it, beside this one. False: there is none, or it is at something. */
+bool cpu_run(void (*run)(void *), void *argument);
+/* Waits until it is done. */
+void cpu_wait(void);
 
 struct bench {
   u32 kind;
@@ -236,6 +240,7 @@ void string_io(u64 port);
 void heap_reset(void);
 void virtio_interrupt(u32 vector);
 void virtio_list(void);
+bool hostile(const char *word);
 bool virtio_blk(const char *word);
 bool virtio_rng(const char *word);
 void cpuid_report(void);

@@ -28,4 +28,6 @@ void *heap_take(u64 size, u64 alignment) {
   return (void *)at;
 }
 
+u64 heap_mark(void) { return next; }
+void heap_back(u64 mark) { next = mark; }
 u64 heap_left(void) { return end - next; }

@@ -21,6 +21,9 @@ static volatile u32 ipis[MAX_CPUS];
 static volatile u32 done;
 static u32 counter;
 static u32 apic_index[256];
+static u32 runner, runner_apic; /* the processor that runs jobs: its index, 0 when there is none yet */
+static void (*volatile job)(void *);
+static void *volatile job_argument;
 
 static void count(void) {
   for (u32 i = 0; i < INCREMENTS; i++) asm volatile("lock incl %0" : "+m"(counter)::"memory");
@@ -35,7 +38,13 @@ void ap_main(u32 index) {
   up[index] = 1;
   count();
   asm volatile("lock incl %0" : "+m"(done)::"memory");
-  for (;;) sleep_until_interrupt();
+  for (;;) {
+    if (job && index == runner) {
+      job(job_argument);
+      job = NULL;
+    }
+    sleep_until_interrupt();
+  }
 }
 
 /* The first processor spins with short naps: a start is announced by memory, not by an interrupt. */
@@ -57,6 +66,33 @@ static bool start(u32 index, u32 apic) {
   if (poll(&up[index], 1, 20)) return true;
   lapic_ipi(apic, ICR_STARTUP | TRAMPOLINE >> 12); /* the second one that the specification asks for */
   return poll(&up[index], 1, START_MS);
+}
+
+/* The first processor but this one, started if it is not up yet. */
+static bool find_runner(void) {
+  u32 index = 0;
+  for (u32 i = 0; i < acpi.cpu_count && !runner; i++) {
+    if (acpi.cpu_apic[i] == lapic_id()) continue;
+    index++;
+    memcpy((void *)TRAMPOLINE, trampoline, (u64)(trampoline_end - trampoline));
+    interrupt_handler(VECTOR_IPI, on_ipi);
+    if (!up[index] && !start(index, acpi.cpu_apic[i])) return false;
+    runner = index;
+    runner_apic = acpi.cpu_apic[i];
+  }
+  return runner != 0;
+}
+
+bool cpu_run(void (*run)(void *), void *argument) {
+  if (job || !find_runner()) return false;
+  job_argument = argument;
+  job = run;
+  lapic_ipi(runner_apic, ICR_FIXED | VECTOR_IPI);
+  return true;
+}
+
+void cpu_wait(void) {
+  while (job) pause_cpu();
 }
 
 void smp_start(void) {

@@ -45,6 +45,13 @@ bool virtio_find(struct virtio *device, u32 id, u32 nth) {
   return false;
 }
 
+static void release_interrupt(struct virtio *device) {
+  if (!device->vector) return;
+  ioapic_mask(device->irq);
+  by_vector[device->vector] = NULL;
+  device->vector = 0;
+}
+
 static bool reset(const struct virtio *device) {
   write_status(device, 0);
   for (u32 tries = 0; virtio_status(device) != 0; tries++)
@@ -54,6 +61,7 @@ static bool reset(const struct virtio *device) {
 
 const char *virtio_start(struct virtio *device, u64 wanted) {
   u64 base = device->base;
+  release_interrupt(device);
   if (read32(base + MMIO_VERSION) != 2) return "not version 2";
   memset(device->queues, 0, sizeof device->queues);
   if (!reset(device)) return "reset";
@@ -106,13 +114,6 @@ const char *virtq_setup(struct virtio *device, u32 index, u32 size_max) {
   set_address(device, MMIO_QUEUE_DEVICE, queue->used);
   write32(base + MMIO_QUEUE_READY, 1);
   return read32(base + MMIO_QUEUE_READY) ? NULL : "queue refused";
-}
-
-static void release_interrupt(struct virtio *device) {
-  if (!device->vector) return;
-  ioapic_mask(device->irq);
-  by_vector[device->vector] = NULL;
-  device->vector = 0;
 }
 
 const char *virtio_ready(struct virtio *device) {

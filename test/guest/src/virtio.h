@@ -168,3 +168,6 @@ volatile u16 *virtq_avail_event(const struct virtq *queue);
  * word of the command line. */
 void *heap_take(u64 size, u64 alignment);
 u64 heap_left(void);
+/* How far the heap is taken, and back to there. */
+u64 heap_mark(void);
+void heap_back(u64 mark);

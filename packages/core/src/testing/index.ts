@@ -1,4 +1,5 @@
 /** The deterministic fake: a hypervisor, guest programs, faults, traces and simulations for tests. See `docs/testing.md`. */
+export * as DeviceDefects from "./DeviceDefects.ts"
 export * as HostileVirtioDriver from "./drivers/HostileVirtioDriver.ts"
 export * as SerialDriver from "./drivers/SerialDriver.ts"
 export * as SplitQueueDriver from "./drivers/SplitQueueDriver.ts"
