@@ -22,9 +22,10 @@ interface Options {
   readonly size?: number
   readonly indirect?: boolean
   readonly eventIndex?: boolean
+  readonly inOrder?: boolean
 }
 
-const pair = ({ eventIndex = false, indirect = true, size = 8 }: Options = {}) => {
+const pair = ({ eventIndex = false, inOrder = false, indirect = true, size = 8 }: Options = {}) => {
   const memory = makeMemory()
   const driver = new SplitQueueDriver({ memory, address: QUEUE_ADDRESS, size, indirect, eventIndex })
   const queue = SplitQueue.make(memory, {
@@ -33,7 +34,8 @@ const pair = ({ eventIndex = false, indirect = true, size = 8 }: Options = {}) =
     availableRing: driver.availableRing,
     usedRing: driver.usedRing,
     indirect,
-    eventIndex
+    eventIndex,
+    inOrder
   })
   if (queue === undefined) throw new Error("the queue is refused")
   return { memory, driver, queue, chain: new DescriptorChain(2 * size) }
@@ -109,6 +111,92 @@ describe("SplitQueue", () => {
     assert.deepStrictEqual(driver.poll(), { head: first, written: 4 })
     assert.isUndefined(driver.poll())
     assert.throws(() => queue.complete(chain, 0))
+  })
+
+  it("gives chains back in order where the driver wants it, in whatever order they are completed", () => {
+    fc.assert(
+      fc.property(
+        fc.array(fc.record({ take: fc.boolean(), pick: fc.nat(100) }), { maxLength: 200, size: "max" }),
+        fc.constantFrom(1, 4, 16),
+        (steps, size) => {
+          const { driver, queue } = pair({ size, inOrder: true })
+          const given: Array<number> = []
+          const working: Array<DescriptorChain> = []
+          let back = 0
+          const poll = () => {
+            queue.publish()
+            for (let used = driver.poll(); used !== undefined; used = driver.poll()) {
+              assert.strictEqual(used.head, given[back])
+              assert.strictEqual(used.written, back++ % 10)
+            }
+          }
+          const complete = (index: number) => {
+            const [chain] = working.splice(index, 1)
+            if (chain === undefined) return
+            const before = queue.inFlight
+            queue.complete(chain, Number(notes.get(chain)) % 10)
+            assert.strictEqual(queue.inFlight, before - 1)
+          }
+          const notes = new Map<DescriptorChain, number>()
+          for (const { pick, take } of steps) {
+            if (!take) {
+              complete(pick % Math.max(1, working.length))
+              poll()
+              continue
+            }
+            const head = driver.add([buffer(DATA_ADDRESS, 10, true)])
+            if (head === undefined) continue
+            driver.publish()
+            const chain = new DescriptorChain(size)
+            assert.isTrue(queue.take(chain))
+            notes.set(chain, given.push(head) - 1)
+            working.push(chain)
+          }
+          while (working.length > 0) complete(working.length - 1)
+          poll()
+          assert.strictEqual(back, given.length)
+          assert.isUndefined(queue.fault)
+        }
+      )
+    )
+  })
+
+  it("does not take a chain again that waits for its turn to be given back", () => {
+    const { chain, driver, queue } = pair({ inOrder: true })
+    for (let i = 0; i < 2; i++) driver.add([buffer(DATA_ADDRESS, 2, true)])
+    driver.publish()
+    const second = new DescriptorChain(8)
+    assert.isTrue(queue.take(chain))
+    assert.isTrue(queue.take(second))
+    const head = second.head
+    queue.complete(second, 1)
+    assert.isFalse(queue.publish())
+    driver.writeAvailable(2, head)
+    driver.writeAvailableIndex(3)
+    assert.isFalse(queue.take(second))
+    assert.strictEqual(queue.fault?.kind, "head-in-flight")
+  })
+
+  it("says that 2^32 bytes were written as well as a used element can", () => {
+    const size = 16
+    const memory = new GuestMemory([new MemoryRegion(0, new ArrayBuffer(2 ** 28))])
+    const driver = new SplitQueueDriver({ memory, address: QUEUE_ADDRESS, size, indirect: false, eventIndex: false })
+    const queue = SplitQueue.make(memory, { ...driver, indirect: false, eventIndex: false })
+    driver.add(Array.from({ length: size }, () => buffer(0, 2 ** 28, true)))
+    driver.publish()
+    const chain = new DescriptorChain(size)
+    assert.isTrue(queue?.take(chain))
+    assert.strictEqual(chain.writableBytes, 2 ** 32)
+    queue?.complete(chain, 2 ** 32)
+    queue?.publish()
+    assert.strictEqual(driver.poll()?.written, 2 ** 32 - 1)
+  })
+
+  it("keeps the flags of its used ring 0 where event indices are negotiated", () => {
+    const { driver, memory, queue } = pair({ eventIndex: true })
+    memory.write(driver.usedRing, Uint8Array.of(1, 0))
+    queue.resumeNotifications()
+    assert.deepStrictEqual([...memory.slice(driver.usedRing, 2) ?? []], [0, 0])
   })
 
   it("does nothing at all once it is closed", () => {
@@ -410,6 +498,15 @@ describe("A hostile driver", () => {
     back.driver.writeAvailableIndex(0xffff)
     assert.isFalse(back.queue.take(back.chain))
     assert.strictEqual(back.queue.fault?.kind, "available-index")
+
+    // A chain that was not yet shown as used cannot be available again.
+    const early = pair({ size: 2 })
+    for (let i = 0; i < 2; i++) early.driver.add([buffer(DATA_ADDRESS, 2, true)])
+    early.driver.publish()
+    while (early.queue.take(early.chain)) early.queue.complete(early.chain, 0)
+    early.driver.writeAvailableIndex(3)
+    assert.isFalse(early.queue.take(early.chain))
+    assert.strictEqual(early.queue.fault?.kind, "available-index")
 
     const head = pair({ size: SIZE })
     head.driver.writeAvailable(0, SIZE)

@@ -1,17 +1,25 @@
 /**
  * One descriptor chain after its checks: private copies of where its buffers are, and access to the bytes in them.
  *
- * A device makes as many as it works on at a time and has them filled again and again by `SplitQueue.take`. The buffers are
+ * A device makes as many as it works on at a time and has them filled again and again by `Virtqueue.take`. The buffers are
  * guest memory itself, which the guest can change at any moment: what is checked must be copied out first.
  */
 import type { MemoryRegion } from "@troupe/core/GuestMemory"
+
+/** Up to this many bytes are copied without a view of them. */
+const SMALL_COPY = 64
 
 /** The buffers of a chain: first those that the device reads, then those that it writes. */
 export class DescriptorChain {
   /** The most buffers that it holds. A queue of this size, or a smaller one, can fill it. */
   readonly capacity: number
-  /** Index of the first descriptor, by which the used ring names the chain; -1 while it holds none. */
+  /** What the driver knows the chain by: in a split ring its first descriptor, in a packed one its id; -1 while it holds none. */
   head = -1
+  /** How many descriptors it has, empty ones and those of a table included. */
+  descriptors = 0
+  /** The queue's own notes: how many entries of the ring it takes, and its place among those that are given back in order. */
+  entries = 0
+  place = 0
   /** The number of buffers. Those before {@link readableCount} are readable, the others writable. */
   count = 0
   readableCount = 0
@@ -31,6 +39,9 @@ export class DescriptorChain {
   /** Forgets everything. */
   clear(): void {
     this.head = -1
+    this.descriptors = 0
+    this.entries = 0
+    this.place = 0
     this.count = 0
     this.readableCount = 0
     this.readableBytes = 0
@@ -102,7 +113,12 @@ export class DescriptorChain {
       if (region === undefined) break
       const start = (this.#offsets[i] ?? 0) + skip
       const amount = Math.min(length - skip, bytes.length - done)
-      if (toGuest) region.bytes.set(bytes.subarray(done, done + amount), start)
+      // Headers and the like go byte by byte: a view of them would cost more, and would be garbage afterwards.
+      if (amount <= SMALL_COPY) {
+        const memory = region.bytes
+        if (toGuest) { for (let k = 0; k < amount; k++) memory[start + k] = bytes[done + k] ?? 0 }
+        else for (let k = 0; k < amount; k++) bytes[done + k] = memory[start + k] ?? 0
+      } else if (toGuest) region.bytes.set(bytes.subarray(done, done + amount), start)
       else bytes.set(region.bytes.subarray(start, start + amount), done)
       done += amount
       skip = 0

@@ -6,6 +6,10 @@ export const VIRTIO_F_INDIRECT_DESC = 28
 export const VIRTIO_F_EVENT_IDX = 29
 /** The device follows virtio 1.0 or later. */
 export const VIRTIO_F_VERSION_1 = 32
+/** Queues have the packed format (section 2.8). */
+export const VIRTIO_F_RING_PACKED = 34
+/** Buffers come back in the order in which they were made available. */
+export const VIRTIO_F_IN_ORDER = 35
 
 /** A set of feature bits. */
 export interface Features {

@@ -5,6 +5,7 @@ import {
   hasFeature,
   makeFeatures,
   VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_IN_ORDER,
   VIRTIO_F_INDIRECT_DESC,
   VIRTIO_F_VERSION_1
 } from "./Features.ts"
@@ -42,5 +43,6 @@ export const makeVirtqueue = (memory: GuestMemory, setup: VirtqueueSetup): Virtq
     availableRing: setup.driverArea,
     usedRing: setup.deviceArea,
     indirect: hasFeature(setup.features, VIRTIO_F_INDIRECT_DESC),
-    eventIndex: hasFeature(setup.features, VIRTIO_F_EVENT_IDX)
+    eventIndex: hasFeature(setup.features, VIRTIO_F_EVENT_IDX),
+    inOrder: hasFeature(setup.features, VIRTIO_F_IN_ORDER)
   })

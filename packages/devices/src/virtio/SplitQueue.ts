@@ -1,30 +1,30 @@
 /**
- * The device's side of a split virtqueue (virtio 1.3, section 2.7): the one place that walks descriptor chains.
+ * The device's side of a split virtqueue (virtio 1.3, section 2.7).
  *
  * The rings belong to the guest. Each of its bytes is read once, into private storage, checked there, and only then used.
  * A chain that breaks a rule makes the queue faulty: it gives no further chains, and the transport tells the driver that the
  * device needs a reset. Nothing is allocated for a chain, and a walk takes at most as many steps as the queue has entries.
  */
-import { addressFromHalves, formatAddress } from "@troupe/core/GuestAddress"
+import { addressFromHalves } from "@troupe/core/GuestAddress"
 import type { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
+import {
+  ChainWalk,
+  DESCRIPTOR_SIZE,
+  VIRTQ_DESC_F_INDIRECT,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE
+} from "./ChainWalk.ts"
+import { CompletionOrder } from "./CompletionOrder.ts"
 import type { DescriptorChain } from "./DescriptorChain.ts"
-import { CHAIN_BYTES_MAX, type QueueFault, type QueueFaultKind, type Virtqueue } from "./Virtqueue.ts"
+import type { QueueFault, Virtqueue } from "./Virtqueue.ts"
 
 /** The largest size of a split virtqueue (virtio 1.3, section 2.7). Sizes are powers of two. */
 export const QUEUE_SIZE_MAX = 32768
-/** The chain goes on at `next`. */
-export const VIRTQ_DESC_F_NEXT = 1
-/** The buffer is written by the device. */
-export const VIRTQ_DESC_F_WRITE = 2
-/** The buffer is a table of descriptors. */
-export const VIRTQ_DESC_F_INDIRECT = 4
 /** In the available ring's flags: the driver does not want interrupts. */
 export const VIRTQ_AVAIL_F_NO_INTERRUPT = 1
 /** In the used ring's flags: the device does not want notifications. */
 export const VIRTQ_USED_F_NO_NOTIFY = 1
 
-/** Size of `struct virtq_desc` in bytes. */
-export const DESCRIPTOR_SIZE = 16
 /** Alignment of the descriptor table in bytes. */
 export const DESCRIPTOR_TABLE_ALIGNMENT = 16
 /** Alignment of the available ring in bytes. */
@@ -47,18 +47,27 @@ export interface QueueSetup {
   readonly indirect: boolean
   /** `VIRTIO_F_EVENT_IDX` was negotiated. */
   readonly eventIndex: boolean
+  /** `VIRTIO_F_IN_ORDER` was negotiated. Default: `false`. */
+  readonly inOrder?: boolean
 }
 
 const isPowerOfTwo = (value: number): boolean => Number.isInteger(value) && value > 0 && (value & (value - 1)) === 0
 
 const INDEX_MASK = 0xffff
+/** The most that `len` of a used element can say. */
+const LENGTH_MAX = 0xffff_ffff
+
+/** Whose the head of a chain is: the driver's, the device's, or that of a chain that waits for its turn to be given back. */
+const FREE = 0
+const TAKEN = 1
+const WAITING = 2
 
 /** A virtqueue that a driver has set up. Valid until the driver resets the device or stops the queue. */
 export class SplitQueue implements Virtqueue {
   /** The number of entries. */
   readonly size: number
-  readonly #memory: GuestMemory
-  readonly #indirect: boolean
+  readonly #walk: ChainWalk
+  readonly #order: CompletionOrder | undefined
   readonly #eventIndex: boolean
   readonly #mask: number
 
@@ -83,8 +92,9 @@ export class SplitQueue implements Virtqueue {
   /** Position of the next used element, and what the driver was shown. Both wrap at 16 bits. */
   #completed = 0
   #published = 0
-  readonly #inFlight: Uint8Array
-  #fault: QueueFault | undefined
+  /** The chains that the device has: taken and not completed, and with their heads those that wait for their turn as well. */
+  #atWork = 0
+  readonly #heads: Uint8Array
   #closed = false
 
   private constructor(
@@ -94,12 +104,12 @@ export class SplitQueue implements Virtqueue {
     available: MemoryRegion,
     used: MemoryRegion
   ) {
-    this.#memory = memory
+    this.#walk = new ChainWalk(memory, setup.size, setup.indirect)
+    this.#order = setup.inOrder === true ? new CompletionOrder(setup.size) : undefined
     this.size = setup.size
     this.#mask = setup.size - 1
-    this.#indirect = setup.indirect
     this.#eventIndex = setup.eventIndex
-    this.#inFlight = new Uint8Array(setup.size)
+    this.#heads = new Uint8Array(setup.size)
     this.#table = table
     this.#tableOffset = setup.descriptorTable - table.guestAddress
 
@@ -136,12 +146,12 @@ export class SplitQueue implements Virtqueue {
 
   /** What the driver did wrong, once it has. */
   get fault(): QueueFault | undefined {
-    return this.#fault
+    return this.#walk.fault
   }
 
   /** The number of chains that were taken and not yet completed. */
   get inFlight(): number {
-    return (this.#taken - this.#completed) & INDEX_MASK
+    return this.#atWork
   }
 
   /**
@@ -153,34 +163,41 @@ export class SplitQueue implements Virtqueue {
     if (this.#stopped) return false
     if (this.#taken === this.#seen && !this.#look()) return false
     const head = this.#available[this.#availableEntries + (this.#taken & this.#mask)] ?? 0
-    if (head >= this.size) return this.#fail("head-index", `chain ${head} of a queue of ${this.size}`)
-    if (this.#inFlight[head] !== 0) return this.#fail("head-in-flight", `chain ${head} is made available twice`)
-    chain.head = head
-    if (!this.#walk(chain, head)) {
+    if (head >= this.size) return this.#walk.fail("head-index", `chain ${head} of a queue of ${this.size}`)
+    if (this.#heads[head] !== FREE) return this.#walk.fail("head-in-flight", `chain ${head} is made available twice`)
+    if (!this.#follow(chain, head)) {
       chain.clear()
       return false
     }
-    this.#inFlight[head] = 1
+    chain.head = head
+    if (this.#order !== undefined) chain.place = this.#order.enter(head, 1)
+    this.#heads[head] = TAKEN
     this.#taken = (this.#taken + 1) & INDEX_MASK
+    this.#atWork++
     return true
   }
 
   /**
    * Gives a chain back to the driver; `written` is the number of bytes written at the beginning of its writable buffers. The
-   * driver sees it after the next {@link publish}. Chains may be completed in any order, each once. Nothing happens when the
-   * queue was closed meanwhile.
+   * driver sees it after the next {@link publish}. Chains may be completed in any order, each once; where the driver wants
+   * them in order, they wait for their turn. Nothing happens when the queue was closed meanwhile.
    */
   complete(chain: DescriptorChain, written: number): void {
     if (this.#closed) return chain.clear()
-    if (this.#inFlight[chain.head] !== 1) throw new Error(`chain ${chain.head} is not in flight`)
+    const head = chain.head
+    if (this.#heads[head] !== TAKEN) throw new Error(`chain ${head} is not in flight`)
     if (written > chain.writableBytes) {
       throw new RangeError(`${written} bytes in a chain that takes ${chain.writableBytes}`)
     }
-    this.#inFlight[chain.head] = 0
-    const entry = this.#usedEntries + 8 * (this.#completed & this.#mask)
-    this.#usedView.setUint32(entry, chain.head, true)
-    this.#usedView.setUint32(entry + 4, written, true)
-    this.#completed = (this.#completed + 1) & INDEX_MASK
+    this.#atWork--
+    const order = this.#order
+    if (order === undefined) {
+      this.#use(head, written)
+    } else {
+      this.#heads[head] = WAITING
+      order.complete(chain.place, written)
+      for (; order.ready; order.shift()) this.#use(order.id, order.written)
+    }
     chain.clear()
   }
 
@@ -214,14 +231,17 @@ export class SplitQueue implements Virtqueue {
    */
   resumeNotifications(): boolean {
     if (this.#stopped) return false
-    if (this.#eventIndex) Atomics.store(this.#used, this.#availableEvent, this.#taken)
-    else Atomics.store(this.#used, this.#usedFlags, 0)
+    if (this.#eventIndex) {
+      // With event indices the flags are 0 (section 2.7.10.1), also where a driver has left something else.
+      if (this.#used[this.#usedFlags] !== 0) Atomics.store(this.#used, this.#usedFlags, 0)
+      Atomics.store(this.#used, this.#availableEvent, this.#taken)
+    } else Atomics.store(this.#used, this.#usedFlags, 0)
     return Atomics.load(this.#available, this.#availableIndex) !== this.#taken
   }
 
   /** Makes the queue faulty: what a chain holds makes no sense to the device. */
   reject(detail: string): void {
-    this.#fail("contents", detail)
+    this.#walk.fail("contents", detail)
   }
 
   /** The driver has stopped the queue: from now on nothing of it is read or written. */
@@ -230,81 +250,67 @@ export class SplitQueue implements Virtqueue {
   }
 
   get #stopped(): boolean {
-    return this.#closed || this.#fault !== undefined
+    return this.#closed || this.#walk.fault !== undefined
   }
 
-  #fail(kind: QueueFaultKind, detail: string): false {
-    this.#fault ??= { kind, detail }
-    return false
+  /** Puts an element into the used ring. */
+  #use(head: number, written: number): void {
+    const entry = this.#usedEntries + 8 * (this.#completed & this.#mask)
+    this.#usedView.setUint32(entry, head, true)
+    // `len` has 32 bits, and a chain can have 2^32 bytes: what cannot be said is less than what was written.
+    this.#usedView.setUint32(entry + 4, written > LENGTH_MAX ? LENGTH_MAX : written, true)
+    this.#completed = (this.#completed + 1) & INDEX_MASK
+    this.#heads[head] = FREE
   }
 
-  /** Reads the driver's index. Returns whether there is a chain to take. */
+  /**
+   * Reads the driver's index. Returns whether there is a chain to take.
+   *
+   * A driver has at most as many chains outside as the queue has entries: those that it made available and was not yet shown
+   * as used. So the index is at most that far before what was published, and not behind what was taken.
+   */
   #look(): boolean {
     const index = Atomics.load(this.#available, this.#availableIndex)
     const waiting = (index - this.#taken) & INDEX_MASK
-    if (waiting > this.size) {
-      return this.#fail("available-index", `index ${index} after ${this.#taken} in a queue of ${this.size}`)
+    if (waiting > this.size || ((index - this.#published) & INDEX_MASK) > this.size) {
+      return this.#walk.fail(
+        "available-index",
+        `index ${index} after ${this.#taken} in a queue of ${this.size}`
+      )
     }
     this.#seen = index
     return waiting > 0
   }
 
-  #walk(chain: DescriptorChain, head: number): boolean {
+  #follow(chain: DescriptorChain, head: number): boolean {
+    const walk = this.#walk
     let view: DataView = this.#table.view
     let tableOffset = this.#tableOffset
     let entries = this.size
     let inTable = false
     let index = head
-    let descriptors = 0
     for (;;) {
       const at = tableOffset + index * DESCRIPTOR_SIZE
-      const address = addressFromHalves(view.getUint32(at, true), view.getUint32(at + 4, true))
+      const low = view.getUint32(at, true)
+      const high = view.getUint32(at + 4, true)
       const length = view.getUint32(at + 8, true)
       const flags = view.getUint16(at + 12, true)
       const next = view.getUint16(at + 14, true)
       if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
-        if (!this.#indirect) return this.#fail("indirect", "a table of descriptors without VIRTIO_F_INDIRECT_DESC")
-        if (inTable) return this.#fail("indirect", "a table of descriptors in a table")
-        if ((flags & VIRTQ_DESC_F_NEXT) !== 0) {
-          return this.#fail("indirect", "a table of descriptors that is not the last")
-        }
-        if (length === 0 || length % DESCRIPTOR_SIZE !== 0) return this.#fail("indirect", `a table of ${length} bytes`)
-        const region = this.#memory.regionOf(address, length)
-        if (region === undefined) return this.#outside(address, length)
+        if (inTable) return walk.fail("indirect", "a table of descriptors in a table")
+        const region = walk.table(low, high, length, flags)
+        if (region === undefined) return false
         view = region.view
-        tableOffset = address - region.guestAddress
+        tableOffset = addressFromHalves(low, high) - region.guestAddress
         entries = length / DESCRIPTOR_SIZE
         inTable = true
         index = 0
         continue
       }
-      if (++descriptors > this.size || chain.count === chain.capacity) {
-        return this.#fail(
-          "chain-length",
-          `chain ${head} has more than ${Math.min(this.size, chain.capacity)} descriptors`
-        )
-      }
-      const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0
-      // An empty buffer is nothing: neither its address nor its direction says anything.
-      if (length > 0) {
-        if (!writable && chain.writableBytes > 0) {
-          return this.#fail("direction", `chain ${head} has a readable buffer after a writable one`)
-        }
-        const region = this.#memory.regionOf(address, length)
-        if (region === undefined) return this.#outside(address, length)
-        chain.add(region, address - region.guestAddress, length, writable)
-        if (chain.readableBytes + chain.writableBytes > CHAIN_BYTES_MAX) {
-          return this.#fail("chain-bytes", `chain ${head} has more than ${CHAIN_BYTES_MAX} bytes`)
-        }
-      }
+      if (!walk.buffer(chain, low, high, length, (flags & VIRTQ_DESC_F_WRITE) !== 0)) return false
       if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true
-      if (next >= entries) return this.#fail("next-index", `descriptor ${next} in a table of ${entries}`)
+      if (next >= entries) return walk.fail("next-index", `descriptor ${next} in a table of ${entries}`)
       index = next
     }
-  }
-
-  #outside(address: number, length: number): false {
-    const place = address < 0 ? "an address above 2^52" : formatAddress(address)
-    return this.#fail("address", `${length} bytes at ${place} are not in guest memory`)
   }
 }
