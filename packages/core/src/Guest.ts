@@ -2,10 +2,12 @@
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import { BalloonController } from "./BalloonController.ts"
+import { BlockDevices } from "./BlockDevices.ts"
 import { Console } from "./Console.ts"
 import { DeviceNotPresent, GuestError, type GuestErrorReason } from "./GuestError.ts"
 import { HostVsockEndpoint } from "./HostVsockEndpoint.ts"
 import { MemController } from "./MemController.ts"
+import { NetInterfaces } from "./NetInterfaces.ts"
 import { SerialPort } from "./SerialPort.ts"
 
 /**
@@ -32,6 +34,10 @@ export interface Guest {
   readonly getBalloonController: Effect.Effect<BalloonController["Service"], GuestError>
   /** The memory controller. Fails with DEVICE_NOT_PRESENT when the guest has none. */
   readonly getMemController: Effect.Effect<MemController["Service"], GuestError>
+  /** The disks: their failures and their statistics. Fails with DEVICE_NOT_PRESENT when the guest has none. */
+  readonly getBlockDevices: Effect.Effect<BlockDevices["Service"], GuestError>
+  /** The network interfaces. Fails with DEVICE_NOT_PRESENT when the guest has none. */
+  readonly getNetInterfaces: Effect.Effect<NetInterfaces["Service"], GuestError>
   /** Returns when the guest is gone, before `run` returns. */
   readonly epitaph: Effect.Effect<Epitaph>
 }
@@ -64,6 +70,18 @@ export const makeGuest = (services: Context.Context<never>, epitaph: Effect.Effe
       "Set virtioBalloon in the configuration"
     ),
     getMemController: endpoint(MemController, "getMemController", "mem", "Set virtioMem in the configuration"),
+    getBlockDevices: endpoint(
+      BlockDevices,
+      "getBlockDevices",
+      "block",
+      "Name disks in blockDevices of the configuration"
+    ),
+    getNetInterfaces: endpoint(
+      NetInterfaces,
+      "getNetInterfaces",
+      "net",
+      "Name interfaces in netDevices of the configuration"
+    ),
     epitaph
   }
 }

@@ -8,9 +8,12 @@ import * as Effect from "effect/Effect"
 import * as Result from "effect/Result"
 import * as Schema from "effect/Schema"
 import * as SchemaIssue from "effect/SchemaIssue"
+import { BlockClient } from "./BlockClient.ts"
+import { PLUGGABLE_BLOCKS_MAX } from "./BlockMap.ts"
 import { BadConfig, type ConfigIssue } from "./GuestError.ts"
 import { GuestFile } from "./GuestFile.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
+import { formatMacAddress, isStationAddress, MAC_ADDRESS_PATTERN, macAddressBytes } from "./MacAddress.ts"
 import { RateLimit } from "./RateLimit.ts"
 
 /** The largest `cpus` that the protocol can carry (it is a byte). A hypervisor may allow fewer. */
@@ -23,8 +26,12 @@ export const GUEST_MEMORY_MAX = 512 * 2 ** 30
 export const MAX_BLOCK_DEVICE_ID = 20
 /** The most block devices of one machine. */
 export const MAX_BLOCK_DEVICES = 32
+/** The most images below a disk's own, each the backing of the one above. */
+export const BLOCK_BACKING_MAX = 8
 /** The most network devices of one machine. */
 export const MAX_NET_DEVICES = 32
+
+const BLOCK_DEVICE_ID = new RegExp(`^[ -~]{1,${MAX_BLOCK_DEVICE_ID}}$`)
 
 const SUFFIXES: { readonly [suffix: string]: number } = { b: 1, k: 2 ** 10, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30 }
 
@@ -56,23 +63,66 @@ export const CpuCount = Schema.Int.check(Schema.isBetween({ minimum: 1, maximum:
 /** A number of virtual processors. */
 export type CpuCount = typeof CpuCount.Type
 
+/** How the bytes of a disk are laid out: as they are (in a file, or in a block device), or in a qcow2 image. */
+export const BlockFormat = Schema.Literals(["FILE", "QCOW", "BLOCK"])
+/** How the bytes of a disk are laid out. */
+export type BlockFormat = typeof BlockFormat.Type
+
+/** What a qcow2 image is the difference to. It may itself be such an image. */
+export interface BlockBacking {
+  readonly client: BlockClient
+  readonly format: BlockFormat
+  readonly backing?: BlockBacking
+}
+/** What a qcow2 image is the difference to. */
+export const BlockBacking = Schema.Struct({
+  client: BlockClient,
+  format: BlockFormat,
+  backing: Schema.optionalKey(Schema.suspend((): Schema.Codec<BlockBacking> => BlockBacking))
+})
+
 /** A disk of the guest. */
 export const BlockSpec = Schema.Struct({
-  id: Schema.NonEmptyString.check(Schema.isMaxLength(MAX_BLOCK_DEVICE_ID)),
+  /** What the guest's driver is told (virtio-blk's GET_ID): 1 to {@link MAX_BLOCK_DEVICE_ID} printable ASCII characters. */
+  id: Schema.String.check(Schema.isPattern(BLOCK_DEVICE_ID, {
+    expected: `1 to ${MAX_BLOCK_DEVICE_ID} printable ASCII characters`
+  })),
+  /**
+   * - `READ_WRITE`: what the guest writes is there afterwards
+   * - `READ_ONLY`: the guest sees a disk that it cannot write
+   * - `VOLATILE_WRITE`: what the guest writes is kept in memory and is gone when the machine ends
+   */
   mode: Schema.Literals(["READ_WRITE", "READ_ONLY", "VOLATILE_WRITE"]),
-  format: Schema.Literals(["FILE", "QCOW", "BLOCK"]),
+  format: BlockFormat,
+  /** What serves the disk. */
+  client: BlockClient,
+  /**
+   * What a qcow2 image is the difference to. An image that has a backing file is refused without it: the name in the image is
+   * never opened, because whoever wrote the image, perhaps a guest, chose it.
+   */
+  backing: Schema.optionalKey(BlockBacking),
+  /** The most bytes of memory that a disk with the mode `VOLATILE_WRITE` takes for what was written. Default: 256 MiB. */
+  volatileLimit: Schema.optionalKey(byteCount),
   /** The most that the guest may read and write. Default: no limit. */
   rateLimit: Schema.optionalKey(RateLimit)
 })
+/** A disk of the guest. */
+export type BlockSpec = typeof BlockSpec.Type
 /** A network interface of the guest. */
 export const NetSpec = Schema.Struct({
-  macAddress: Schema.String.check(Schema.isPattern(/^[0-9a-f]{2}(:[0-9a-f]{2}){5}$/i)),
+  /** The address of the interface, such as `02:00:00:00:00:01`: of one station, no group, and of no other interface. */
+  macAddress: Schema.String.check(Schema.isPattern(MAC_ADDRESS_PATTERN, {
+    expected: "six pairs of hexadecimal digits with colons"
+  })),
+  /** Whether the guest is to be a station of the host's own network, where the back end can do that. */
   enableBridge: Schema.Boolean,
   /** The most that the guest may receive. Default: no limit. */
   rxRateLimit: Schema.optionalKey(RateLimit),
   /** The most that the guest may send. Default: no limit. */
   txRateLimit: Schema.optionalKey(RateLimit)
 })
+/** A network interface of the guest. */
+export type NetSpec = typeof NetSpec.Type
 /** A host port that accepts connections of the guest from its first instruction on. */
 export const VsockListener = Schema.Struct({ port: VsockPort })
 
@@ -108,7 +158,7 @@ export const GuestConfig = Schema.Struct({
   /** Network interfaces. Default: none. */
   netDevices: Schema.Array(NetSpec).check(Schema.isMaxLength(MAX_NET_DEVICES))
     .pipe(Schema.withDecodingDefaultKey(Effect.succeed([]))),
-  /** One network interface with default settings. Default: off. */
+  /** One more network interface with the settings of {@link DEFAULT_NET}. Default: off. */
   defaultNet: off,
   /** The memory balloon. Default: off. */
   virtioBalloon: off,
@@ -134,7 +184,7 @@ export const GuestConfig = Schema.Struct({
   virtioMemBlockSize: Schema.optionalKey(Bytes),
   /** The size of the pluggable region in bytes. Required with `virtioMem`. */
   virtioMemRegionSize: Schema.optionalKey(Bytes),
-  /** The alignment of the pluggable region in bytes; at least the block size is used. Default: the block size. */
+  /** The alignment of the pluggable region in bytes, a power of two; at least the block size is used. Default: 128 MiB. */
   virtioMemRegionAlignment: Schema.optionalKey(Bytes),
   /** How the guest finds and drives its virtio devices. Default: `mmio`. */
   virtioTransport: VirtioTransport.pipe(Schema.withDecodingDefaultKey(Effect.succeed("mmio"))),
@@ -177,6 +227,13 @@ export const EXISTING_DEVICES: ReadonlySet<DeviceFlag> = new Set<DeviceFlag>([
 
 /** A field that asks for devices: a flag, or a list of them (`defaultNet` is an entry of `netDevices`). */
 export type DeviceField = DeviceFlag | "blockDevices" | "netDevices"
+
+/** The interface that `defaultNet` asks for. */
+export const DEFAULT_NET: NetSpec = { macAddress: "02:1a:11:00:01:00", enableBridge: true }
+
+/** The network interfaces of a configuration: `netDevices`, and behind them {@link DEFAULT_NET} with `defaultNet`. */
+export const netSpecs = (config: Pick<GuestConfig, "defaultNet" | "netDevices">): ReadonlyArray<NetSpec> =>
+  config.defaultNet ? [...config.netDevices, DEFAULT_NET] : config.netDevices
 
 /** The fields by which a configuration asks for devices. */
 export const deviceFields = (config: GuestConfig): ReadonlyArray<DeviceField> => [
@@ -226,6 +283,55 @@ const checkMemory = (value: number | string): ReadonlyArray<ConfigIssue> => {
     : []
 }
 
+const checkDisks = (disks: ReadonlyArray<BlockSpec>): Array<ConfigIssue> => {
+  const issues: Array<ConfigIssue> = []
+  const ids = new Map<string, number>()
+  disks.forEach((disk, index) => {
+    const field = `blockDevices[${index}]`
+    const first = ids.get(disk.id)
+    if (first === undefined) ids.set(disk.id, index)
+    else issues.push(rule(`${field}.id`, `must differ from blockDevices[${first}].id`, disk.id))
+    if (disk.volatileLimit !== undefined && disk.mode !== "VOLATILE_WRITE") {
+      issues.push(
+        rule(`${field}.volatileLimit`, "must be absent unless the mode is VOLATILE_WRITE", disk.volatileLimit)
+      )
+    }
+    let below: BlockBacking | BlockSpec | undefined = disk
+    let path = field
+    for (let depth = 0; below !== undefined; depth++) {
+      if (below.backing !== undefined && below.format !== "QCOW") {
+        issues.push(rule(`${path}.backing`, "must be absent unless the format is QCOW", below.backing.client.name))
+      }
+      if (depth > BLOCK_BACKING_MAX) {
+        issues.push(rule(`${field}.backing`, `must be at most ${BLOCK_BACKING_MAX} images deep`, depth))
+        break
+      }
+      below = below.backing
+      path = `${path}.backing`
+    }
+  })
+  return issues
+}
+
+const checkInterfaces = (config: Pick<GuestConfig, "defaultNet" | "netDevices">): Array<ConfigIssue> => {
+  const issues: Array<ConfigIssue> = []
+  const addresses = new Map<string, string>()
+  netSpecs(config).forEach(({ macAddress }, index) => {
+    const field = index < config.netDevices.length ? `netDevices[${index}].macAddress` : "defaultNet"
+    const bytes = macAddressBytes(macAddress)
+    if (!isStationAddress(bytes)) {
+      issues.push(rule(field, "must be the address of one station: the first byte even, and not all zeros", macAddress))
+    }
+    const first = addresses.get(formatMacAddress(bytes))
+    if (first === undefined) addresses.set(formatMacAddress(bytes), field)
+    else issues.push(rule(field, `must differ from ${first}`, macAddress))
+  })
+  if (config.defaultNet && config.netDevices.length === MAX_NET_DEVICES) {
+    issues.push(rule("defaultNet", `must be off with ${MAX_NET_DEVICES} network devices`, true))
+  }
+  return issues
+}
+
 /** What the Schema cannot say: rules between fields, and devices that do not exist yet. */
 const checkRules = (config: typeof GuestConfig.Type): Array<ConfigIssue> => {
   const issues: Array<ConfigIssue> = [...checkMemory(config.guestMemory)]
@@ -249,12 +355,25 @@ const checkRules = (config: typeof GuestConfig.Type): Array<ConfigIssue> => {
     if (first === undefined) ports.set(port, index)
     else issues.push(rule(`vsockListeners[${index}].port`, `must differ from vsockListeners[${first}].port`, port))
   })
+  issues.push(...checkDisks(config.blockDevices))
+  issues.push(...checkInterfaces(config))
   if (config.virtioMem) {
-    for (const field of ["virtioMemBlockSize", "virtioMemRegionSize"] as const) {
-      const value = config[field]
-      if (value === undefined || !isPowerOfTwo(value) || value < PAGE_SIZE) {
-        issues.push(rule(field, "must be a power of two of at least one page when virtioMem is on", value))
-      }
+    const { virtioMemBlockSize: block, virtioMemRegionAlignment: alignment, virtioMemRegionSize: region } = config
+    if (block === undefined || !isPowerOfTwo(block) || block < PAGE_SIZE) {
+      issues.push(rule("virtioMemBlockSize", "must be a power of two of at least one page when virtioMem is on", block))
+    } else if (region === undefined || region < block || region % block !== 0) {
+      issues.push(rule("virtioMemRegionSize", "must be a multiple of virtioMemBlockSize when virtioMem is on", region))
+    } else if (region / block > PLUGGABLE_BLOCKS_MAX) {
+      issues.push(
+        rule(
+          "virtioMemBlockSize",
+          `must be at least ${region / PLUGGABLE_BLOCKS_MAX}: a region has at most ${PLUGGABLE_BLOCKS_MAX} blocks`,
+          block
+        )
+      )
+    }
+    if (alignment !== undefined && !isPowerOfTwo(alignment)) {
+      issues.push(rule("virtioMemRegionAlignment", "must be a power of two", alignment))
     }
   }
   return issues

@@ -1,4 +1,5 @@
 /** The virtual devices of a machine. Single modules can be imported by their names. */
+export { layerBlock, openDisk } from "./Block.ts"
 export { layer } from "./Catalog.ts"
 export { entropy, entropyPolicy, layerEntropy } from "./Entropy.ts"
 export { EntropySource } from "./EntropySource.ts"

@@ -11,6 +11,7 @@ import * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
 import { fromPath } from "../HostFile.ts"
 import * as KvmGuestLifecycle from "../KvmGuestLifecycle.ts"
+import { diskSyntax, parseDisk } from "./DiskOption.ts"
 import { describeStop, ExitCode, exitCodeHelp, exitCodeOfError, exitCodeOfStop } from "./ExitCode.ts"
 import { ExitStatus } from "./ExitStatus.ts"
 import { makeProgress } from "./Progress.ts"
@@ -51,6 +52,15 @@ const flags = {
     Flag.withDescription("Give the guest an entropy device"),
     Flag.withDefault(true)
   ),
+  disk: Flag.String("disk").pipe(
+    Flag.withAlias("d"),
+    Flag.withMetavar(diskSyntax),
+    Flag.withDescription(
+      "A disk: a file or block device, with how the guest gets it (ro: read-only, volatile: changes are lost at the end, " +
+        "qcow2: it is an image). More than one with more flags"
+    ),
+    Flag.atLeast(0)
+  ),
   cpuidMask: Flag.String("cpuid-mask").pipe(
     Flag.withDescription("CPU features to hide from the guest, e.g. cx16,popcnt; without it, what this KVM cannot run"),
     Flag.optional
@@ -72,6 +82,7 @@ export const runCommand = Command.make("run", flags, (input) => {
     cpus: input.cpus,
     guestMemory: input.memory,
     virtioRng: input.rng,
+    blockDevices: input.disk.map(parseDisk),
     bootProtocol: input.bootProtocol
   }
   const hiddenCpuFeatures = Option.match(input.cpuidMask, {
@@ -94,6 +105,10 @@ export const runCommand = Command.make("run", flags, (input) => {
     {
       command: "troupe run --kernel vmlinuz --initrd initrd.img --memory 512M",
       description: "Boot a distribution kernel"
+    },
+    {
+      command: "troupe run --kernel vmlinuz --initrd initrd.img --disk root.qcow2,qcow2 --disk data.img,ro",
+      description: "The same with two disks"
     }
   ])
 )

@@ -65,6 +65,15 @@ export interface ForeignFunctions {
   readonly viewAt: (address: bigint, length: number) => ArrayBuffer
   /** The address of JavaScript memory, valid while the buffer lives and is not detached. */
   readonly addressOf: (buffer: ForeignBuffer) => bigint
+  /**
+   * `preadv2(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`; with {@link RWF_NOWAIT} it never
+   * waits for a medium. `-ENOSYS` where the C library does not have it.
+   */
+  readonly preadv2: (fd: number, vectors: bigint, count: number, offset: number, flags: number) => number
+  /** `fallocate(2)`; `mode` is a set of {@link FALLOC_FL_KEEP_SIZE} and its like. */
+  readonly fallocate: (fd: number, mode: number, offset: number, length: number) => number
+  /** `flock(2)`; `operation` is a set of {@link LOCK_EX} and its like. */
+  readonly flock: (fd: number, operation: number) => number
   /** `eventfd(2)`: a descriptor. `EFD_CLOEXEC` is always added. */
   readonly eventfd: (initial: number, flags: number) => number
   /** Adds 1 to an eventfd's counter. */
@@ -136,10 +145,26 @@ export const MADV_HUGEPAGE = 14
 /** `madvise(2)`: leave the range out of core dumps. */
 export const MADV_DONTDUMP = 16
 
+/** `preadv2(2)`: read only what is there without waiting, `-EAGAIN` when nothing is. */
+export const RWF_NOWAIT = 8
+/** `fallocate(2)`: the file keeps its size. */
+export const FALLOC_FL_KEEP_SIZE = 1
+/** `fallocate(2)`: give the room up; the bytes are zeros afterwards. Only with {@link FALLOC_FL_KEEP_SIZE}. */
+export const FALLOC_FL_PUNCH_HOLE = 2
+/** `fallocate(2)`: make the bytes zeros and keep the room. */
+export const FALLOC_FL_ZERO_RANGE = 16
+/** `flock(2)`: others may lock it like this at the same time. */
+export const LOCK_SH = 1
+/** `flock(2)`: nobody else may lock it. */
+export const LOCK_EX = 2
+/** `flock(2)`: fail with `-EAGAIN` instead of waiting. */
+export const LOCK_NB = 4
+
 /** `errno` values that the module itself names; they are the same on every Linux architecture that Troupe runs on. */
 export const ErrnoNumber = {
   ENOENT: 2,
   EINTR: 4,
+  EIO: 5,
   EBADF: 9,
   EAGAIN: 11,
   ENOMEM: 12,
@@ -147,6 +172,8 @@ export const ErrnoNumber = {
   EBUSY: 16,
   EEXIST: 17,
   EINVAL: 22,
+  ENOSPC: 28,
+  ENOSYS: 38,
   ENOTSUP: 95
 } as const
 

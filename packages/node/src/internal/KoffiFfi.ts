@@ -33,6 +33,17 @@ const loadKoffi = (): typeof KoffiModule | undefined => {
   }
 }
 
+/** Younger than some C libraries in use. */
+const loadPreadv2 = (
+  lib: KoffiModule.LibraryHandle
+): ((fd: number, vectors: bigint, count: number, offset: number, flags: number) => Integer64) | undefined => {
+  try {
+    return lib.func("int64_t preadv2(int fd, uint64_t vectors, int count, int64_t offset, int flags)")
+  } catch {
+    return undefined
+  }
+}
+
 /** Makes this thread's functions, or says with `undefined` that koffi is not installed. */
 export const makeKoffiFfi = (): ForeignFunctions | undefined => {
   const koffi = loadKoffi()
@@ -70,6 +81,11 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
   const cMadvise: (address: bigint, length: number, advice: number) => number = lib.func(
     "int madvise(uint64_t address, uint64_t length, int advice)"
   )
+  const cFallocate: (fd: number, mode: number, offset: number, length: number) => number = lib.func(
+    "int fallocate(int fd, int mode, int64_t offset, int64_t length)"
+  )
+  const cFlock: (fd: number, operation: number) => number = lib.func("int flock(int fd, int operation)")
+  const cPreadv2 = loadPreadv2(lib)
   const cEventfd: (initial: number, flags: number) => number = lib.func("int eventfd(uint32_t initial, int flags)")
   const cEventfdWrite: (fd: number, value: number) => number = lib.func("int eventfd_write(int fd, uint64_t value)")
   const cEventfdRead: (fd: number, value: bigint) => number = lib.func("int eventfd_read(int fd, uint64_t value)")
@@ -174,6 +190,13 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
     madvise: (address, length, advice) => cMadvise(address, length, advice) < 0 ? failure() : 0,
     viewAt: (address, length) => koffi.view(address, length),
     addressOf: (buffer) => koffi.address(buffer),
+    preadv2: (fd, vectors, count, offset, flags) => {
+      if (cPreadv2 === undefined) return -ErrnoNumber.ENOSYS
+      const result = Number(cPreadv2(fd, vectors, count, offset, flags))
+      return result < 0 ? failure() : result
+    },
+    fallocate: (fd, mode, offset, length) => cFallocate(fd, mode, offset, length) < 0 ? failure() : 0,
+    flock: (fd, operation) => cFlock(fd, operation) < 0 ? failure() : 0,
     eventfd: (initial, flags) => {
       const result = cEventfd(initial, flags | EFD_CLOEXEC)
       return result < 0 ? failure() : result

@@ -40,6 +40,18 @@ const loadNodeFfi = (quiet: boolean): typeof NodeFfiModule | undefined => {
   }
 }
 
+const loadPreadv2 = (ffi: typeof NodeFfiModule) => {
+  try {
+    const { functions, lib } = ffi.dlopen(null, {
+      preadv2: { arguments: ["i32", "u64", "i32", "i64", "i32"], return: "i64" }
+    })
+    libraries.push(lib)
+    return functions.preadv2
+  } catch {
+    return undefined
+  }
+}
+
 /** Makes this thread's functions, or says with `undefined` that this Node has no `node:ffi`. */
 export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFunctions | undefined => {
   const ffi = loadNodeFfi(options.quiet)
@@ -57,6 +69,8 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     mmap: { arguments: ["u64", "u64", "i32", "i32", "i32", "i64"], return: "i64" },
     munmap: { arguments: ["u64", "u64"], return: "i32" },
     madvise: { arguments: ["u64", "u64", "i32"], return: "i32" },
+    fallocate: { arguments: ["i32", "i32", "i64", "i64"], return: "i32" },
+    flock: { arguments: ["i32", "i32"], return: "i32" },
     eventfd: { arguments: ["u32", "i32"], return: "i32" },
     eventfd_write: { arguments: ["i32", "u64"], return: "i32" },
     eventfd_read: { arguments: ["i32", "u64"], return: "i32" },
@@ -68,6 +82,8 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     ioctl: { arguments: ["i32", "u32", "buffer"], return: "i32" }
   })
   libraries.push(lib, secondLib)
+  // Younger than some C libraries in use.
+  const preadv2 = loadPreadv2(ffi)
 
   // `errno` of this thread as a typed array: read at once after the call, before anything can allocate and change it.
   const errno = new Int32Array(ffi.toArrayBuffer(c.__errno_location(), 4, false))
@@ -150,6 +166,13 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     madvise: (address, length, advice) => c.madvise(address, BigInt(length), advice) < 0 ? failure() : 0,
     viewAt: (address, length) => ffi.toArrayBuffer(address, length, false),
     addressOf: (buffer) => ffi.getRawPointer(buffer),
+    preadv2: (fd, vectors, count, offset, flags) => {
+      if (preadv2 === undefined) return -ErrnoNumber.ENOSYS
+      const result = preadv2(fd, vectors, count, BigInt(offset), flags)
+      return result < 0n ? failure() : Number(result)
+    },
+    fallocate: (fd, mode, offset, length) => c.fallocate(fd, mode, BigInt(offset), BigInt(length)) < 0 ? failure() : 0,
+    flock: (fd, operation) => c.flock(fd, operation) < 0 ? failure() : 0,
     eventfd: (initial, flags) => {
       const result = c.eventfd(initial, flags | EFD_CLOEXEC)
       return result < 0 ? failure() : result
