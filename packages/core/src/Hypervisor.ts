@@ -8,7 +8,7 @@ import * as Context from "effect/Context"
 import type * as Effect from "effect/Effect"
 import * as Schema from "effect/Schema"
 import type * as Scope from "effect/Scope"
-import type { BlockMap, PLUGGABLE_BLOCKS_MAX } from "./BlockMap.ts"
+import type { BlockMap } from "./BlockMap.ts"
 import type { Bus, BusHandlers, RangeBacking } from "./Bus.ts"
 import type { MemoryRegion } from "./GuestMemory.ts"
 import type { VcpuExit } from "./VcpuExit.ts"
@@ -41,6 +41,20 @@ export interface InterruptLine {
   /** The global system interrupt number (ACPI 6.5, section 5.2.13). */
   readonly gsi: number
   /** Raises the interrupt once. Synchronous, cheap, and harmless when nobody listens. */
+  readonly trigger: () => void
+}
+
+/**
+ * A message-signalled interrupt: a write of `data` to an address of the processors' local APICs (Intel SDM volume 3, section
+ * 11.11), which a device makes as the guest has told it.
+ */
+export interface MessageInterrupt {
+  /**
+   * Sets the message of later triggers: both halves of its address, and its data, unsigned 32-bit numbers. A message that means
+   * nothing is one that nobody takes. Synchronous; does not throw.
+   */
+  readonly route: (addressLow: number, addressHigh: number, data: number) => void
+  /** Sends the message once. Synchronous, cheap, and harmless when it has none yet. */
   readonly trigger: () => void
 }
 
@@ -87,7 +101,7 @@ export interface Vm {
   ) => Effect.Effect<MemoryRegion, HypervisorError, Scope.Scope>
   /**
    * Adds a region of which nothing is plugged. All numbers are in bytes: `blockSize` is a power of two of at least one page,
-   * the others are multiples of it, and there are at most {@link PLUGGABLE_BLOCKS_MAX} blocks.
+   * the others are multiples of it, and there are at most `PLUGGABLE_BLOCKS_MAX` blocks.
    */
   readonly addPluggableMemory: (
     guestAddress: number,
@@ -101,6 +115,8 @@ export interface Vm {
   ) => Effect.Effect<ReadonlyArray<RangeBacking>, HypervisorError, Scope.Scope>
   /** Makes the interrupt input with this number. */
   readonly interruptLine: (gsi: number) => Effect.Effect<InterruptLine, HypervisorError, Scope.Scope>
+  /** Makes a message-signalled interrupt, without a message at first. */
+  readonly messageInterrupt: Effect.Effect<MessageInterrupt, HypervisorError, Scope.Scope>
   /** Makes a vCPU. All vCPUs of a machine are made before the first of them runs. */
   readonly createVcpu: (id: number) => Effect.Effect<Vcpu, HypervisorError, Scope.Scope>
 }

@@ -122,7 +122,7 @@ export const pluggableSlots = (
           }
         })
         // What can neither be done nor undone leaves a machine that is not what its guest was told: a defect.
-        const undo = Effect.suspend(() => Effect.forEach(changed.reverse(), (block) => change(block, !plugged)))
+        const undo = Effect.suspend(() => Effect.forEach(changed.toReversed(), (block) => change(block, !plugged)))
         yield* Effect.onExit(work, (exit) =>
           Exit.isFailure(exit) && !Cause.hasInterrupts(exit.cause) ? Effect.orDie(undo) : Effect.sync(() => {
             if (!plugged) {
