@@ -242,6 +242,7 @@ void virtio_interrupt(u32 vector);
 void virtio_list(void);
 bool hostile(const char *word);
 bool virtio_blk(const char *word);
+bool virtio_mem(const char *word);
 bool virtio_rng(const char *word);
 void cpuid_report(void);
 
