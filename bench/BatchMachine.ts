@@ -78,6 +78,8 @@ export const startBatchMachine = Effect.fnUntraced(function*(access: Access) {
     memory: new GuestMemory([memory]),
     ranges: backings,
     interrupts: [],
+    messages: [],
+    bases: [],
     ...own,
     stop: () => undefined
   }))

@@ -14,7 +14,7 @@ import type { AmlTerm } from "./acpi/Aml.ts"
 import type { AddressSpace, Doorbell, RangeBacking, ReadAccess, WriteAccess } from "./Bus.ts"
 import type { GuestMemory } from "./GuestMemory.ts"
 import type { GuestStop } from "./GuestStop.ts"
-import type { InterruptLine, PluggableMemory } from "./Hypervisor.ts"
+import type { InterruptLine, MessageInterrupt, PluggableMemory } from "./Hypervisor.ts"
 import type { GuestFailure } from "./VcpuExit.ts"
 
 /** A device could not start, or its background work failed. */
@@ -28,11 +28,22 @@ export class DeviceFailure extends Schema.TaggedError<DeviceFailure>()("DeviceFa
   }
 }
 
+/**
+ * Where a memory-mapped range without a base is placed.
+ *
+ * - `device-window`: whole pages of their own
+ * - `pci-function`: the configuration page of the next free PCI function; the range is one page long
+ * - `pci-memory`: the memory behind a base address register, at a multiple of its size, which is a power of two
+ */
+export type RangeWindow = "device-window" | "pci-function" | "pci-memory"
+
 /** A range that a device asks for. */
 export interface RangeRequest {
   readonly space: AddressSpace
-  /** The first address, or absent for whole pages of the machine's device window (memory-mapped ranges only). */
+  /** The first address, or absent when the machine chooses it (memory-mapped ranges only). */
   readonly base?: number
+  /** Where the machine chooses it. Default: `device-window`. */
+  readonly window?: RangeWindow
   /** Length in bytes. */
   readonly size: number
   readonly read: ReadAccess
@@ -67,10 +78,14 @@ export interface DevicePlacement {
 export interface DeviceContext {
   readonly name: string
   readonly memory: GuestMemory
+  /** First address of each range, in the order of the requests. */
+  readonly bases: ReadonlyArray<number>
   /** What backs each range, in the order of the requests. */
   readonly ranges: ReadonlyArray<RangeBacking>
   /** One line for each interrupt request. */
   readonly interrupts: ReadonlyArray<InterruptLine>
+  /** The message-signalled interrupts that the device asked for. What they are routed to outlives restarts. */
+  readonly messages: ReadonlyArray<MessageInterrupt>
   /** The device's hot-pluggable memory. It outlives restarts of the device, and ends with this life of the guest. */
   readonly pluggableMemory?: PluggableMemory | undefined
   /** 0 at first; one more each time the device is started again after a failure. */
@@ -120,6 +135,8 @@ export interface Device {
   readonly name: string
   readonly ranges: ReadonlyArray<RangeRequest>
   readonly interrupts: ReadonlyArray<InterruptRequest>
+  /** How many message-signalled interrupts it needs. Default: 0. */
+  readonly messages?: number
   /** Hot-pluggable memory, above all RAM. Default: none. */
   readonly pluggableMemory?: PluggableMemoryRequest
   /** The device's nodes under `\_SB` in the DSDT, once it is placed. */

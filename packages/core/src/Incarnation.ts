@@ -33,7 +33,7 @@ import { type GuestStop, Halt } from "./GuestStop.ts"
 import {
   Hypervisor,
   type HypervisorError,
-  type InterruptLine,
+  type MessageInterrupt,
   type PluggableMemory,
   type Vcpu,
   type Vm
@@ -129,21 +129,26 @@ const assemble = Effect.fnUntraced(function*(
   )
   const stop = stopper(outcome)
   for (const placed of placement.devices) {
+    const made = <A, R>(interrupt: Effect.Effect<A, HypervisorError, R>, what: string) =>
+      Effect.mapError(interrupt, (hypervisor) =>
+        new GuestError({
+          reason: new DeviceInitializationFailure({
+            operation: "create",
+            device: placed.device.name,
+            detail: `${what} could not be made`,
+            hypervisor
+          })
+        }))
     const interrupts = yield* Effect.forEach(
       placed.placement.gsis,
-      (gsi) =>
-        Effect.mapError(vm.interruptLine(gsi), (hypervisor) =>
-          new GuestError({
-            reason: new DeviceInitializationFailure({
-              operation: "create",
-              device: placed.device.name,
-              detail: `interrupt line ${gsi} could not be made`,
-              hypervisor
-            })
-          }))
+      (gsi) => made(vm.interruptLine(gsi), `interrupt line ${gsi}`)
     )
+    const messages: Array<MessageInterrupt> = []
+    while (messages.length < (placed.device.messages ?? 0)) {
+      messages.push(yield* made(vm.messageInterrupt, `message-signalled interrupt ${messages.length}`))
+    }
     const policy = placed.device.policy ?? defaultPolicy
-    const actor = makeActor(placed, policy, memory, pluggable.get(placed), backings, interrupts, stop)
+    const actor = makeActor(placed, policy, memory, pluggable.get(placed), backings, { interrupts, messages }, stop)
     actors.push(actor)
     yield* actor.start.pipe(
       Effect.mapError((failure) =>
@@ -215,12 +220,12 @@ const deliverTo = (actors: ReadonlyArray<DeviceActor>, placed: ReadonlyArray<Pla
 }
 
 const makeActor = (
-  { device, firstRange }: PlacedDevice,
+  { device, firstRange, placement }: PlacedDevice,
   policy: NonNullable<Device["policy"]>,
   memory: GuestMemory,
   pluggableMemory: PluggableMemory | undefined,
   backings: ReadonlyArray<RangeBacking>,
-  interrupts: ReadonlyArray<InterruptLine>,
+  interrupts: Pick<DeviceContext, "interrupts" | "messages">,
   stop: DeviceContext["stop"]
 ): DeviceActor =>
   new DeviceActor(device, policy, (own) => ({
@@ -228,8 +233,9 @@ const makeActor = (
     name: device.name,
     memory,
     pluggableMemory,
+    bases: placement.bases,
     ranges: backings.slice(firstRange, firstRange + device.ranges.length),
-    interrupts,
+    ...interrupts,
     stop
   }))
 

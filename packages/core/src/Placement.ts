@@ -1,18 +1,62 @@
 /** Gives devices their places: addresses in the device window and interrupt numbers. Pure and deterministic. */
 import * as Result from "effect/Result"
 import {
-  IO_APIC_ADDRESS,
   MAXIMUM_MEMORY_SIZE,
+  PCI_ECAM_ADDRESS,
+  PCI_ECAM_BUS_SIZE,
+  PCI_MEMORY_ADDRESS,
+  PCI_MEMORY_SIZE,
   pluggableMemoryAddress,
   VIRTIO_MMIO_ADDRESS
 } from "./boot/MachineLayout.ts"
 import type { BusRange } from "./Bus.ts"
-import { type Device, DeviceFailure, type DevicePlacement } from "./Device.ts"
+import { type Device, DeviceFailure, type DevicePlacement, type RangeRequest } from "./Device.ts"
 import { DeviceInitializationFailure } from "./GuestError.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
 
 /** The first interrupt that is given to a device which asks for any: those below belong to the timer and legacy devices. */
 export const FIRST_FREE_GSI = 5
+
+/** The first free configuration page: the function before it is the host bridge's. */
+const FIRST_PCI_FUNCTION = PCI_ECAM_ADDRESS + PAGE_SIZE
+/**
+ * Where memory of PCI functions begins that is not read from register pages. Such pages come before it, one after the other,
+ * because a hypervisor can have neighbouring pages at the cost of one.
+ */
+const PCI_CALLS_ADDRESS = PCI_MEMORY_ADDRESS + PCI_MEMORY_SIZE / 2
+
+const alignUp = (address: number, alignment: number): number => Math.ceil(address / alignment) * alignment
+
+/** What is taken of the windows in which the machine chooses addresses. */
+class DeviceWindows {
+  #page = VIRTIO_MMIO_ADDRESS
+  #function = FIRST_PCI_FUNCTION
+  #pciPage = PCI_MEMORY_ADDRESS
+  #pciCall = PCI_CALLS_ADDRESS
+
+  /** The address for a range, or `undefined` when there is no room for it. */
+  place({ read, size, window = "device-window" }: RangeRequest): number | undefined {
+    switch (window) {
+      case "device-window": {
+        const base = this.#page
+        this.#page = alignUp(base + size, PAGE_SIZE)
+        return this.#page > PCI_ECAM_ADDRESS ? undefined : base
+      }
+      case "pci-function": {
+        const base = this.#function
+        this.#function += PAGE_SIZE
+        return this.#function > PCI_ECAM_ADDRESS + PCI_ECAM_BUS_SIZE ? undefined : base
+      }
+      case "pci-memory": {
+        const isPage = read === "register-page"
+        const base = alignUp(isPage ? this.#pciPage : this.#pciCall, size)
+        if (isPage) this.#pciPage = base + size
+        else this.#pciCall = base + size
+        return base + size > (isPage ? PCI_CALLS_ADDRESS : PCI_MEMORY_ADDRESS + PCI_MEMORY_SIZE) ? undefined : base
+      }
+    }
+  }
+}
 
 /** A device and where it was placed. */
 export interface PlacedDevice {
@@ -49,7 +93,7 @@ export const placeDevices = (
       taken.add(request)
     }
   }
-  let nextPage = VIRTIO_MMIO_ADDRESS
+  const windows = new DeviceWindows()
   let nextGsi = FIRST_FREE_GSI
   let nextPluggable = pluggableMemoryAddress(memorySize)
   const ranges: Array<BusRange> = []
@@ -63,9 +107,10 @@ export const placeDevices = (
         if (request.space === "pio") {
           return refuse(device, "an I/O port range has no base", "Only memory-mapped ranges are placed")
         }
-        base = nextPage
-        nextPage += Math.ceil(request.size / PAGE_SIZE) * PAGE_SIZE
-        if (nextPage > IO_APIC_ADDRESS) return refuse(device, "the device window is full", "Configure fewer devices")
+        base = windows.place(request)
+        if (base === undefined) {
+          return refuse(device, `the ${request.window ?? "device-window"} is full`, "Configure fewer devices")
+        }
       }
       bases.push(base)
       ranges.push({

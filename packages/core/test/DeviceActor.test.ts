@@ -81,6 +81,8 @@ const makeActor = (
     memory: new GuestMemory([]),
     ranges: [],
     interrupts: [],
+    messages: [],
+    bases: [],
     stop: () => undefined
   }))
   return { actor, world }

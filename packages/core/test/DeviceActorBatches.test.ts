@@ -26,6 +26,8 @@ const makeActor = (seen: Array<number>) =>
       memory: new GuestMemory([]),
       ranges: [],
       interrupts: [],
+      messages: [],
+      bases: [],
       ...own,
       stop: () => undefined
     })

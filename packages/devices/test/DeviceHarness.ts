@@ -7,12 +7,18 @@ import type { GuestFailure } from "@troupe/core/VcpuExit"
 import * as Effect from "effect/Effect"
 import type * as Scope from "effect/Scope"
 
+/** Where the first range without a base is for the guest, and the distance to the next. */
+export const HARNESS_BASE = 0xd000_0000
+export const HARNESS_STEP = 0x10_0000
+
 export class DeviceHarness {
   readonly device: Device
   readonly memory: GuestMemory
   readonly backings: ReadonlyArray<RangeBacking>
   readonly stops: Array<GuestStop | GuestFailure> = []
   readonly interrupts: Array<number>
+  /** The message-signalled interrupts: where they are routed to, and how often each was sent. */
+  readonly messages: Array<{ addressLow: number; addressHigh: number; data: number; sent: number } | undefined>
   readonly signals = new Set<number>()
   readonly doorbells = new Set<string>()
   /** How many writes the device holds: in a machine, a vCPU would wait for each. */
@@ -25,6 +31,7 @@ export class DeviceHarness {
     this.device = device
     this.memory = memory
     this.interrupts = device.interrupts.map(() => 0)
+    this.messages = Array.from({ length: device.messages ?? 0 })
     this.backings = device.ranges.map((range) => ({
       shadow: range.read === "shadowed" ? new Int16Array(range.size).fill(SHADOW_INVALID) : undefined,
       page: range.read === "register-page" ? new DataView(new ArrayBuffer(range.size)) : undefined
@@ -36,11 +43,21 @@ export class DeviceHarness {
     const context: DeviceContext = {
       name: this.device.name,
       memory: this.memory,
+      bases: this.device.ranges.map((range, index) => range.base ?? HARNESS_BASE + index * HARNESS_STEP),
       ranges: this.backings,
       interrupts: this.interrupts.map((_, index) => ({
         gsi: index,
         trigger: () => {
           this.interrupts[index] = (this.interrupts[index] ?? 0) + 1
+        }
+      })),
+      messages: this.messages.map((_, index) => ({
+        route: (addressLow, addressHigh, data) => {
+          this.messages[index] = { addressLow, addressHigh, data, sent: this.messages[index]?.sent ?? 0 }
+        },
+        trigger: () => {
+          const message = this.messages[index]
+          if (message !== undefined) message.sent++
         }
       })),
       generation: this.#generation++,

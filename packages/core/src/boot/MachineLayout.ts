@@ -21,6 +21,14 @@ export const DEVICE_WINDOW_SIZE = FOUR_GIB - DEVICE_WINDOW_ADDRESS
 export const VIRTIO_MMIO_ADDRESS = 0xd000_0000
 /** Size of the register window of one virtio-mmio device, in bytes. */
 export const VIRTIO_MMIO_SIZE = 0x1000
+/** The configuration pages of the PCI functions (PCI Express 5.0, section 7.2.2): those of bus 0, a page each. */
+export const PCI_ECAM_ADDRESS = 0xe000_0000
+/** Size of the configuration pages of one bus in bytes. */
+export const PCI_ECAM_BUS_SIZE = 0x10_0000
+/** First address of the memory that PCI functions have behind their base address registers. */
+export const PCI_MEMORY_ADDRESS = 0xe100_0000
+/** Its size in bytes. */
+export const PCI_MEMORY_SIZE = 0x0200_0000
 /** The I/O APIC's registers, at the address that every PC has them (Intel 82093AA, section 3.0). */
 export const IO_APIC_ADDRESS = 0xfec0_0000
 /** The local APIC's registers after reset (Intel SDM volume 3, section 11.4.1). */

@@ -7,14 +7,22 @@ import { BlockMap, PLUGGABLE_BLOCKS_MAX } from "../BlockMap.ts"
 import type { Bus, BusHandlers, RangeBacking } from "../Bus.ts"
 import { ADDRESS_LIMIT, addressEnd, formatAddress, INVALID_ADDRESS } from "../GuestAddress.ts"
 import { GuestMemory, MemoryRegion, PAGE_SIZE } from "../GuestMemory.ts"
-import type { HypervisorError, HypervisorLimits, InterruptLine, PluggableMemory, Vcpu, Vm } from "../Hypervisor.ts"
+import type {
+  HypervisorError,
+  HypervisorLimits,
+  InterruptLine,
+  MessageInterrupt,
+  PluggableMemory,
+  Vcpu,
+  Vm
+} from "../Hypervisor.ts"
 import type { VcpuExit } from "../VcpuExit.ts"
 import type { VcpuState } from "../VcpuState.ts"
 import { FakeBus } from "./FakeBus.ts"
 import { FakeVcpu } from "./FakeVcpu.ts"
 import { type FakeWorld, refusal } from "./FakeWorld.ts"
 import { EBUSY, EEXIST, EINVAL, ENOMEM } from "./FaultPlan.ts"
-import type { GuestProgram } from "./GuestCpu.ts"
+import { type GuestProgram, messageInterrupt } from "./GuestCpu.ts"
 import { SimulationControl, type SimulationParticipant } from "./SimulationControl.ts"
 import type { TraceKind } from "./Trace.ts"
 
@@ -39,6 +47,8 @@ export class FakeVm implements Vm, SimulationParticipant {
   /** Interrupts that came before the boot vCPU was made. */
   readonly #early = new Set<number>()
   readonly #control: SimulationControl | undefined
+  /** Message-signalled interrupts made so far. */
+  #messages = 0
   #open = true
 
   constructor(world: FakeWorld, limits: HypervisorLimits, fiber: Fiber.Fiber<unknown, unknown>) {
@@ -139,6 +149,19 @@ export class FakeVm implements Vm, SimulationParticipant {
         }
       )
     )
+
+  readonly messageInterrupt: Effect.Effect<MessageInterrupt, HypervisorError, Scope.Scope> = Effect.suspend(() => {
+    const what = String(this.#messages++)
+    return this.world.operation(
+      "messageInterrupt",
+      what,
+      this.world.resource(
+        `${this.#name} message-signalled interrupt ${what}`,
+        () => new FakeMessage((message) => this.#send(message)),
+        (message) => message.release()
+      )
+    )
+  })
 
   readonly createVcpu = (id: number): Effect.Effect<Vcpu, HypervisorError, Scope.Scope> =>
     Effect.map(
@@ -313,6 +336,14 @@ export class FakeVm implements Vm, SimulationParticipant {
     }
   }
 
+  /** A write to the local APICs: physical destination, fixed delivery. */
+  #send({ addressLow, data }: FakeMessage): void {
+    const number = messageInterrupt(data & MESSAGE_VECTOR)
+    this.trace("trigger", -1, number, addressLow)
+    if (!this.#open || addressLow >>> MESSAGE_PREFIX_SHIFT !== MESSAGE_PREFIX) return
+    this.#vcpus.get((addressLow >>> MESSAGE_DESTINATION_SHIFT) & 0xff)?.interrupt(number)
+  }
+
   #makeVcpu(id: number): FakeVcpu | HypervisorError {
     if (!Number.isInteger(id) || id < 0 || id >= this.limits.maxVcpus) {
       return refusal("createVcpu", String(id), `vCPUs are numbered from 0 to ${this.limits.maxVcpus - 1}`, EINVAL)
@@ -371,6 +402,38 @@ export class FakeVm implements Vm, SimulationParticipant {
     for (const vcpu of vcpus) {
       if (vcpu.active) vcpu.die(this.world.violation(`${what} of ${this.#name} was released while vCPU ${vcpu.id} ran`))
     }
+  }
+}
+
+/** Addresses and data of messages (Intel SDM volume 3, section 11.11). */
+const MESSAGE_PREFIX = 0xfee
+const MESSAGE_PREFIX_SHIFT = 20
+const MESSAGE_DESTINATION_SHIFT = 12
+const MESSAGE_VECTOR = 0xff
+
+/** A message-signalled interrupt of the fake. */
+class FakeMessage implements MessageInterrupt {
+  addressLow = 0
+  data = 0
+  #routed = false
+  readonly #send: (message: FakeMessage) => void
+
+  constructor(send: (message: FakeMessage) => void) {
+    this.#send = send
+  }
+
+  readonly route = (addressLow: number, _addressHigh: number, data: number): void => {
+    this.addressLow = addressLow
+    this.data = data
+    this.#routed = true
+  }
+
+  readonly trigger = (): void => {
+    if (this.#routed) this.#send(this)
+  }
+
+  release(): void {
+    this.#routed = false
   }
 }
 

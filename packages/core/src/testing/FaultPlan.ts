@@ -15,6 +15,7 @@ export type HypervisorOperation =
   | "unplug"
   | "attachBus"
   | "interruptLine"
+  | "messageInterrupt"
   | "createVcpu"
   | "setState"
   | "run"

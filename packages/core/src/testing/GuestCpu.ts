@@ -26,6 +26,12 @@ export type InterruptHandler = (cpu: GuestCpu, gsi: number) => GuestRoutine
 /** Width of an access in bytes. */
 export type AccessSize = 1 | 2 | 4
 
+/** The number of the first vector of message-signalled interrupts: those of lines are lower. */
+const FIRST_MESSAGE = 0x100
+
+/** The number under which a vCPU gets messages with this vector, 0 to 255, where a line has its own number. */
+export const messageInterrupt = (vector: number): number => FIRST_MESSAGE + vector
+
 /** The interrupt controller as a guest sees it. Lines are edge-triggered, with one latch each: no edge is ever lost. */
 export interface GuestInterrupts {
   /** Whether this vCPU takes interrupts now. Off at first. */

@@ -12,10 +12,11 @@ import { haltWatch } from "./HaltWatch.ts"
 import { attachBus } from "./KvmBus.ts"
 import { kvmError } from "./KvmError.ts"
 import { KvmIoctl, KvmValue } from "./KvmIoctl.ts"
-import { KvmIrqfd, KvmPitConfig } from "./KvmStructs.ts"
+import { KvmPitConfig } from "./KvmStructs.ts"
 import { KvmSystem } from "./KvmSystem.ts"
 import { type Machine, makeVcpu } from "./KvmVcpu.ts"
 import { memorySlots } from "./MemorySlots.ts"
+import { encodeIrqfd, messageRoutes } from "./MessageRoutes.ts"
 import { giveBackOf, pluggableSlots } from "./PluggableSlots.ts"
 import type { AccessTableBuffers } from "./thread/AccessTable.ts"
 import { PostedRing } from "./thread/PostedRing.ts"
@@ -31,14 +32,6 @@ const EMPTY_TABLE: AccessTableBuffers = {
   rows: new SharedArrayBuffer(4),
   shadow: new SharedArrayBuffer(2),
   pioRows: 0
-}
-
-const encodeIrqfd = (fd: number, gsi: number, flags: number) => {
-  const view = KvmIrqfd.make()
-  KvmIrqfd.fields.fd.set(view, fd)
-  KvmIrqfd.fields.gsi.set(view, gsi)
-  KvmIrqfd.fields.flags.set(view, flags)
-  return view
 }
 
 /** Makes an empty machine. */
@@ -90,6 +83,8 @@ export const makeVm = Effect.gen(function*() {
     defect: () => defect
   }
 
+  const messageInterrupt = messageRoutes(vm, ioctl, hasVcpus)
+
   return {
     addMemory: (guestAddress, size) =>
       Effect.map(
@@ -131,6 +126,7 @@ export const makeVm = Effect.gen(function*() {
       )
       return { gsi, trigger: line.trigger } satisfies InterruptLine
     }),
+    messageInterrupt: Effect.andThen(makeControllers, Effect.provideService(messageInterrupt, Ffi, ffi)),
     createVcpu: (id) =>
       Effect.andThen(makeControllers, makeVcpu(machine, id)).pipe(
         Effect.provideService(Ffi, ffi),
