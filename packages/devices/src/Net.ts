@@ -1,0 +1,55 @@
+/** The network devices of a machine: one virtio-net device (virtio 1.3, section 5.1) for each interface in its configuration. */
+import { DeviceFailure, type DevicePolicy } from "@troupe/core/Device"
+import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
+import { netSpecs } from "@troupe/core/GuestConfig"
+import { NetBackend } from "@troupe/core/NetBackend"
+import { NetInterfaces } from "@troupe/core/NetInterfaces"
+import * as Context from "effect/Context"
+import * as Effect from "effect/Effect"
+import type * as Layer from "effect/Layer"
+import * as Schedule from "effect/Schedule"
+import { NetLine } from "./net/NetLine.ts"
+import { withSoftwareOffloads } from "./net/SoftwareOffloads.ts"
+import { virtioNet } from "./net/VirtioNet.ts"
+import { virtioOn } from "./virtio/VirtioTransport.ts"
+
+/** A network device that is started again a few times, at growing intervals, when it fails. Its port stays open. */
+export const netPolicy: DevicePolicy = {
+  _tag: "restart",
+  schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
+}
+
+/**
+ * Adds the network devices, which a machine has when `netDevices` or `defaultNet` ask for them. Their interfaces are connected to the
+ * back end for as long as the machine lives; a back end that refuses one refuses the machine.
+ */
+export const layerNet: Layer.Layer<DeviceCatalog, never, DeviceCatalog | NetBackend> = DeviceCatalog.layerAdd(
+  Effect.map(NetBackend, (backend) => ({
+    provides: "netDevices" as const,
+    devices: Effect.fnUntraced(function*(config) {
+      const lines: Array<NetLine> = []
+      for (const [index, { enableBridge, macAddress }] of netSpecs(config).entries()) {
+        const request = { index, name: `net${index}`, macAddress: macAddress.toLowerCase(), enableBridge }
+        const port = yield* backend.open(request).pipe(
+          Effect.mapError(({ detail, hint, operation }) =>
+            new DeviceFailure({
+              device: request.name,
+              detail: `${operation}: ${detail}`,
+              ...(hint === undefined ? {} : { hint })
+            })
+          )
+        )
+        lines.push(yield* NetLine.make({ ...request, port: withSoftwareOffloads(port) }))
+      }
+      const interfaces = Context.make(NetInterfaces, { interfaces: lines.map((line) => line.interface) })
+      return lines.map((line, index) =>
+        virtioOn(config.virtioTransport, virtioNet(line), {
+          name: line.name,
+          policy: netPolicy,
+          // One service for all of them.
+          ...(index === 0 ? { services: interfaces } : {})
+        })
+      )
+    })
+  }))
+)

@@ -1,0 +1,442 @@
+/**
+ * The TCP connections of a user-mode network: finds the one a segment belongs to, makes new ones as the policy says, and takes
+ * turns among those that have something for the guest.
+ */
+import type { NetFrame } from "@troupe/core/NetFrame"
+import type { DnsNames } from "./DnsNames.ts"
+import type { HostEndpoint, HostSocketFailure, HostTcp, HostTcpEvents } from "./HostSockets.ts"
+import { UNREACHABLE_HOST } from "./Icmp.ts"
+import { encodeIpv4, formatIpv4, IPV4_HEADER, isInBlock, parseIpv4, PROTOCOL_TCP } from "./Ipv4.ts"
+import type { NetDecision } from "./NetPolicy.ts"
+import { putU16, putU32 } from "./Octets.ts"
+import { TcpConnection, type TcpPeer, TcpPlan, TcpState } from "./TcpConnection.ts"
+import { sequenceAdd, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, type TcpHeader } from "./TcpHeader.ts"
+import { type Ends, TCP_HEADERS_MAX, type UserLink } from "./UserLink.ts"
+import type { UserNetHost } from "./UserNetHost.ts"
+
+/** How long the host's end of a connection that is over for the guest may take to pass on what it has, in milliseconds. */
+export const TCP_LINGER = 60_000
+/** The port of name servers. */
+export const DNS_PORT = 53
+/** Ports of connections that come in from the host, chosen by chance (RFC 6056). */
+const EPHEMERAL_FIRST = 0x8000
+
+/** A connection with its two ends. */
+class TcpFlow implements Ends, HostTcpEvents {
+  readonly guestMac: Uint8Array
+  readonly guestAddress: number
+  readonly guestPort: number
+  readonly remoteAddress: number
+  readonly remotePort: number
+  readonly connection: TcpConnection
+  /** The next flow of the same hash. */
+  next: TcpFlow | undefined
+  /** The next flow that has something for the guest; the flow itself when it is the last. */
+  nextReady: TcpFlow | undefined
+  socket: HostTcp | undefined
+  /** Gives up the question to the policy. */
+  giveUp: (() => void) | undefined
+  /** When the socket is closed in any case, once the connection is over. */
+  lingerUntil = Number.POSITIVE_INFINITY
+  readonly #table: UserTcp
+
+  constructor(table: UserTcp, ends: Ends, connection: TcpConnection) {
+    this.#table = table
+    this.guestMac = ends.guestMac
+    this.guestAddress = ends.guestAddress
+    this.guestPort = ends.guestPort
+    this.remoteAddress = ends.remoteAddress
+    this.remotePort = ends.remotePort
+    this.connection = connection
+  }
+
+  readonly connected = (): void => {
+    this.connection.opened(this.#table.host.now())
+    this.#table.changed(this)
+  }
+  readonly data = (bytes: Uint8Array): void => {
+    this.connection.hostData(bytes, this.#table.host.now())
+    this.#table.changed(this)
+  }
+  readonly end = (): void => {
+    this.connection.hostEnd()
+    this.#table.changed(this)
+  }
+  readonly written = (bytes: number): void => {
+    this.connection.hostWritten(bytes)
+    this.#table.changed(this)
+  }
+  readonly failed = (failure: HostSocketFailure): void => {
+    this.socket = undefined
+    this.#table.failed(this, failure)
+  }
+  readonly closed = (): void => {
+    this.socket = undefined
+    this.#table.changed(this)
+  }
+}
+
+const hashOf = (guestAddress: number, guestPort: number, remoteAddress: number, remotePort: number): number =>
+  Math.imul(remoteAddress, 0x9e37_79b1) ^ Math.imul((guestPort << 16) | remotePort, 0x85eb_ca6b) ^ guestAddress
+
+/** The connections of one network. */
+export class UserTcp {
+  readonly host: UserNetHost
+  readonly #link: UserLink
+  readonly #names: DnsNames
+  readonly #notify: () => void
+  /** By hash of their ends. */
+  readonly #flows = new Map<number, TcpFlow>()
+  /** All that have a socket or a state: those in the table, and those whose socket only passes on what it has. */
+  readonly #all = new Set<TcpFlow>()
+  #lastReady: TcpFlow | undefined
+  readonly #plan = new TcpPlan()
+  #closed = false
+
+  constructor(link: UserLink, host: UserNetHost, names: DnsNames, notify: () => void) {
+    this.#link = link
+    this.host = host
+    this.#names = names
+    this.#notify = notify
+  }
+
+  /** Connections that are there, in whatever state. */
+  get count(): number {
+    return this.#all.size
+  }
+
+  /** Bytes that wait in all connections. */
+  get buffered(): number {
+    let sum = 0
+    for (const flow of this.#all) sum += flow.connection.buffered
+    return sum
+  }
+
+  /** Takes a segment of the guest: its header, its ends, and a copy of its payload. */
+  receive(header: TcpHeader, ends: Ends, payload: Uint8Array): void {
+    const now = this.host.now()
+    const flow = this.#find(ends)
+    const isSyn = (header.flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) === TCP_SYN
+    if (flow === undefined || (isSyn && flow.connection.canBeReplacedBy(header))) {
+      if (flow !== undefined) this.#forget(flow)
+      if (isSyn) this.#begin(header, ends, now)
+      else if ((header.flags & TCP_RST) === 0) this.#refuse(ends, header, payload.length)
+      return
+    }
+    if (flow.connection.receive(header, payload, now)) this.#refuse(ends, header, payload.length)
+    this.changed(flow)
+  }
+
+  /** A connection that has come to the host and is forwarded. */
+  accept(socket: HostTcp, from: HostEndpoint, guestPort: number): HostTcpEvents | undefined {
+    if (this.#closed || !this.#makeRoom()) return undefined
+    const ends = this.#incomingEnds(guestPort)
+    if (ends === undefined) return undefined
+    const now = this.host.now()
+    const flow = this.#add(ends, new TcpConnection(this.#limits, this.host.random32(), now))
+    flow.socket = socket
+    flow.giveUp = this.host.decide({
+      protocol: "tcp",
+      direction: "incoming",
+      source: from,
+      destination: { address: formatIpv4(ends.guestAddress), port: guestPort }
+    }, (decision) => {
+      flow.giveUp = undefined
+      if (!this.#all.has(flow) || flow.connection.isOver) return
+      if (decision._tag === "allow") {
+        flow.connection.attach(peerOf(flow))
+        socket.resume()
+      } else {
+        flow.connection.abort()
+        flow.socket?.reset()
+        flow.socket = undefined
+      }
+      this.changed(flow)
+    })
+    return flow
+  }
+
+  /** Puts the next segment into buffers. Returns its length, 0 when there is none, and minus the room that it wants. */
+  take(frame: NetFrame): number {
+    for (;;) {
+      const last = this.#lastReady
+      const flow = last?.nextReady
+      if (last === undefined || flow === undefined) return 0
+      if (frame.size <= TCP_HEADERS_MAX) return -(TCP_HEADERS_MAX + 1)
+      this.#unqueue(last, flow)
+      const { connection } = flow
+      const took = connection.take(this.#plan, this.#link.payloadMax(connection, frame.size), this.host.now())
+      const length = took ? this.#link.writeSegment(frame, flow, connection, this.#plan) : 0
+      this.changed(flow)
+      if (took) return length
+    }
+  }
+
+  /** Loses the turn of the next connection: it will repeat what it has to say. */
+  discard(): void {
+    const last = this.#lastReady
+    if (last?.nextReady !== undefined) this.#unqueue(last, last.nextReady)
+  }
+
+  /** Whether some connection has something for the guest. */
+  get wants(): boolean {
+    return this.#lastReady !== undefined
+  }
+
+  /** Looks after all connections whose time has come. Returns when to look again. */
+  tick(now: number): number {
+    let next = Number.POSITIVE_INFINITY
+    for (const flow of this.#all) {
+      if (now >= flow.lingerUntil) {
+        flow.socket?.reset()
+        flow.socket = undefined
+      }
+      if (now >= flow.connection.deadline) {
+        const opening = flow.connection.state === TcpState.OPENING
+        if (flow.connection.tick(now)) {
+          if (opening) this.#unreachable(flow)
+          else this.#sendReset(flow)
+        }
+      }
+      this.changed(flow)
+      next = Math.min(next, flow.connection.deadline, flow.lingerUntil)
+    }
+    return next
+  }
+
+  /** Ends all connections at once, without a word to the guest. */
+  close(): void {
+    this.#closed = true
+    for (const flow of this.#all) {
+      flow.giveUp?.()
+      flow.connection.abort()
+      flow.socket?.reset()
+      flow.socket = undefined
+    }
+    this.#all.clear()
+    this.#flows.clear()
+    this.#lastReady = undefined
+  }
+
+  /** Something has happened to a connection. */
+  changed(flow: TcpFlow): void {
+    const { connection } = flow
+    if (connection.state === TcpState.CLOSED) {
+      this.#forget(flow)
+      return
+    }
+    if (flow.nextReady === undefined && connection.wants) this.#enqueue(flow)
+    if (connection.deadline !== Number.POSITIVE_INFINITY) this.host.wakeAt(connection.deadline)
+  }
+
+  /** The host's socket has failed. */
+  failed(flow: TcpFlow, failure: HostSocketFailure): void {
+    const { connection } = flow
+    if (!connection.isOver) {
+      const opening = connection.state === TcpState.OPENING
+      connection.abort()
+      if (opening && (failure === "unreachable" || failure === "timedOut")) this.#unreachable(flow)
+      else this.#sendReset(flow)
+    }
+    this.changed(flow)
+    this.#notify()
+  }
+
+  get #limits(): { readonly buffer: number; readonly mss: number } {
+    return { buffer: this.#link.plan.tcpBuffer, mss: this.#link.plan.mtu - IPV4_HEADER - TCP_HEADER }
+  }
+
+  #begin(header: TcpHeader, ends: Ends, now: number): void {
+    const { plan } = this.#link
+    const isDns = ends.remoteAddress === plan.nameserver && ends.remotePort === DNS_PORT
+    if (!this.#makeRoom()) {
+      this.#refuse(ends, header, 0)
+      return
+    }
+    const flow = this.#add(ends, new TcpConnection(this.#limits, this.host.random32(), now, header))
+    const hostname = this.#names.nameOf(ends.remoteAddress)
+    const destination = { address: formatIpv4(ends.remoteAddress), port: ends.remotePort }
+    const giveUp = this.host.decide({
+      protocol: "tcp",
+      direction: "outgoing",
+      source: { address: formatIpv4(ends.guestAddress), port: ends.guestPort },
+      destination,
+      ...(hostname === undefined ? {} : { hostname }),
+      ...(isDns ? { service: "dns" as const } : {})
+    }, (decision) => {
+      flow.giveUp = undefined
+      if (!this.#all.has(flow) || flow.connection.isOver) return
+      this.#decided(flow, this.#route(decision, destination, isDns), decision._tag === "drop")
+    })
+    if (flow.connection.state === TcpState.OPENING && flow.socket === undefined) flow.giveUp = giveUp
+    this.changed(flow)
+  }
+
+  /** Where a connection goes, or nowhere. */
+  #route(decision: NetDecision, destination: HostEndpoint, isDns: boolean): HostEndpoint | undefined {
+    if (decision._tag === "redirect") return decision.to
+    if (decision._tag !== "allow") return undefined
+    if (isDns) return this.host.sockets.nameservers()[0]
+    // An address of the virtual network is nobody else's, whatever it may be outside.
+    return isInBlock(parse(destination), this.#link.plan.subnet) ? undefined : destination
+  }
+
+  #decided(flow: TcpFlow, to: HostEndpoint | undefined, silent: boolean): void {
+    if (to === undefined) {
+      flow.connection.abort()
+      if (!silent) this.#sendReset(flow)
+    } else {
+      flow.socket = this.host.sockets.connectTcp(to, flow)
+      flow.connection.attach(peerOf(flow))
+    }
+    this.changed(flow)
+    this.#notify()
+  }
+
+  /** A RST for a segment that belongs to nothing (RFC 9293, section 3.10.7.1). */
+  #refuse(ends: Ends, header: TcpHeader, payloadLength: number): void {
+    if ((header.flags & TCP_RST) !== 0) return
+    if ((header.flags & TCP_ACK) !== 0) {
+      this.#link.sendControl(ends, header.acknowledgment, 0, TCP_RST)
+      return
+    }
+    const length = payloadLength + ((header.flags & TCP_SYN) === 0 ? 0 : 1) + ((header.flags & TCP_FIN) === 0 ? 0 : 1)
+    this.#link.sendControl(ends, 0, sequenceAdd(header.sequence, length), TCP_RST | TCP_ACK)
+  }
+
+  #sendReset(flow: TcpFlow): void {
+    const { connection } = flow
+    this.#link.sendControl(flow, connection.resetSequence, connection.acknowledgment, TCP_RST | TCP_ACK)
+  }
+
+  /** "Host unreachable" about the SYN that a connection began with. */
+  #unreachable(flow: TcpFlow): void {
+    const packet = new Uint8Array(IPV4_HEADER + TCP_HEADER)
+    encodeIpv4(packet, 0, {
+      source: flow.guestAddress,
+      destination: flow.remoteAddress,
+      protocol: PROTOCOL_TCP,
+      identification: 0,
+      payloadLength: TCP_HEADER
+    })
+    putU16(packet, IPV4_HEADER, flow.guestPort)
+    putU16(packet, IPV4_HEADER + 2, flow.remotePort)
+    putU32(packet, IPV4_HEADER + 4, sequenceAdd(flow.connection.acknowledgment, -1))
+    this.#link.sendUnreachable(
+      flow.guestMac,
+      this.#link.plan.gateway,
+      UNREACHABLE_HOST,
+      packet,
+      0,
+      IPV4_HEADER,
+      packet.length
+    )
+  }
+
+  /** Whether one more connection is allowed, perhaps after the oldest that is over has been forgotten. */
+  #makeRoom(): boolean {
+    if (this.#all.size < this.#link.plan.tcpConnections) return true
+    for (const flow of this.#all) {
+      if (flow.connection.state === TcpState.TIME_WAIT && flow.socket === undefined) {
+        this.#remove(flow)
+        return true
+      }
+    }
+    return false
+  }
+
+  #incomingEnds(guestPort: number): Ends | undefined {
+    const { plan, guestMac } = this.#link
+    for (let tries = 0; tries < 16; tries++) {
+      const remotePort = EPHEMERAL_FIRST + this.host.random32() % (0x1_0000 - EPHEMERAL_FIRST)
+      const ends = { guestMac, guestAddress: plan.guest, guestPort, remoteAddress: plan.gateway, remotePort }
+      if (this.#find(ends) === undefined) return ends
+    }
+    return undefined
+  }
+
+  #find(ends: Ends): TcpFlow | undefined {
+    let flow = this.#flows.get(hashOf(ends.guestAddress, ends.guestPort, ends.remoteAddress, ends.remotePort))
+    while (flow !== undefined && !isSame(flow, ends)) flow = flow.next
+    return flow
+  }
+
+  #add(ends: Ends, connection: TcpConnection): TcpFlow {
+    const flow = new TcpFlow(this, ends, connection)
+    const hash = hashOf(ends.guestAddress, ends.guestPort, ends.remoteAddress, ends.remotePort)
+    flow.next = this.#flows.get(hash)
+    this.#flows.set(hash, flow)
+    this.#all.add(flow)
+    return flow
+  }
+
+  /** Takes a flow out of the table, so that its ends can be used again. */
+  #detach(flow: TcpFlow): void {
+    const hash = hashOf(flow.guestAddress, flow.guestPort, flow.remoteAddress, flow.remotePort)
+    const first = this.#flows.get(hash)
+    if (first === flow) {
+      if (flow.next === undefined) this.#flows.delete(hash)
+      else this.#flows.set(hash, flow.next)
+    } else {
+      let before = first
+      while (before !== undefined && before.next !== flow) before = before.next
+      if (before !== undefined) before.next = flow.next
+    }
+    flow.next = undefined
+  }
+
+  /** A connection is over: it is forgotten, at the latest when its socket has passed on what it has. */
+  #forget(flow: TcpFlow): void {
+    if (!this.#all.has(flow)) return
+    this.#detach(flow)
+    flow.giveUp?.()
+    flow.giveUp = undefined
+    if (flow.socket === undefined) {
+      this.#remove(flow)
+    } else if (flow.lingerUntil === Number.POSITIVE_INFINITY) {
+      flow.lingerUntil = this.host.now() + TCP_LINGER
+      this.host.wakeAt(flow.lingerUntil)
+    }
+  }
+
+  #remove(flow: TcpFlow): void {
+    this.#detach(flow)
+    this.#all.delete(flow)
+  }
+
+  #enqueue(flow: TcpFlow): void {
+    const last = this.#lastReady
+    if (last === undefined) {
+      flow.nextReady = flow
+    } else {
+      flow.nextReady = last.nextReady
+      last.nextReady = flow
+    }
+    this.#lastReady = flow
+    this.#notify()
+  }
+
+  #unqueue(last: TcpFlow, first: TcpFlow): void {
+    if (first === last) this.#lastReady = undefined
+    else last.nextReady = first.nextReady
+    first.nextReady = undefined
+  }
+}
+
+const parse = (endpoint: HostEndpoint): number => parseIpv4(endpoint.address) ?? 0
+
+const isSame = (a: Ends, b: Ends): boolean =>
+  a.remotePort === b.remotePort && a.guestPort === b.guestPort && a.remoteAddress === b.remoteAddress &&
+  a.guestAddress === b.guestAddress
+
+/** The socket of a flow as its connection sees it, for as long as there is one. */
+const peerOf = (flow: TcpFlow): TcpPeer => ({
+  write: (bytes) => flow.socket?.write(bytes),
+  end: () => flow.socket?.end(),
+  reset: () => {
+    flow.socket?.reset()
+    flow.socket = undefined
+  },
+  pause: () => flow.socket?.pause(),
+  resume: () => flow.socket?.resume()
+})
