@@ -5,9 +5,11 @@ import type { DeviceFactory } from "@troupe/core/DeviceCatalog"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
 import { MachinePolicy } from "@troupe/core/MachinePolicy"
 import { FakeHypervisor, FaultPlan, GuestAcpi, GuestProgram, Simulation } from "@troupe/core/testing"
+import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
+import * as Logger from "effect/Logger"
 import * as Schedule from "effect/Schedule"
 import * as fc from "fast-check"
 import { goodConfig, layerHost, layerLifecycle, makeRemote, obedient } from "./TestGuest.ts"
@@ -92,7 +94,7 @@ describe("a device that fails", () => {
               assert.deepStrictEqual(serial.log(), ["012345".slice(0, times)])
               assert.deepStrictEqual(fragile.counts, { starts: times + 1, ends: times + 1 })
               yield* noneOpen
-            }).pipe(Effect.provide(layerLifecycle([fragile.factory]))),
+            }).pipe(Effect.provide(layerLifecycle([fragile.factory])), Effect.provide(Logger.layer([]))),
             { seed }
           )
         }
@@ -119,7 +121,7 @@ describe("a device that fails", () => {
               assert.include(error.message, how === "does not start" ? "does not start any more" : "it is fragile")
               assert.strictEqual(fragile.counts.ends, fragile.counts.starts)
               yield* noneOpen
-            }).pipe(Effect.provide(layerLifecycle([fragile.factory]))),
+            }).pipe(Effect.provide(layerLifecycle([fragile.factory])), Effect.provide(Logger.layer([]))),
             { seed }
           )
         }
@@ -144,7 +146,7 @@ describe("a device that fails", () => {
           const result = yield* Effect.result(lifecycle.run)
           assert.strictEqual(result._tag === "Failure" ? result.failure.reason.device : "", "fragile0")
           yield* noneOpen
-        }).pipe(Effect.provide(layerLifecycle([fragile.factory]))),
+        }).pipe(Effect.provide(layerLifecycle([fragile.factory])), Effect.provide(Logger.layer([]))),
         { seed }
       )
     }
@@ -203,6 +205,29 @@ describe("a guest that resets", () => {
         )
       ),
       { numRuns: 50 }
+    )
+  })
+
+  it("runs again at the pace that the host chose, and ends when that does", () => {
+    Simulation.explore(
+      Effect.gen(function*() {
+        const lifecycle = yield* GuestLifecycle
+        yield* lifecycle.create(config(7))
+        const serial = yield* (yield* lifecycle.bind).getSerial
+        const before = yield* Clock.currentTimeMillis
+        assert.strictEqual((yield* lifecycle.run)._tag, "Reset")
+        assert.deepStrictEqual(serial.log(), ["1234"])
+        assert.isAtLeast((yield* Clock.currentTimeMillis) - before, 3 * 3_600_000)
+        yield* noneOpen
+      }).pipe(
+        Effect.provide(layerLifecycle([])),
+        Effect.updateService(MachinePolicy, (policy) => ({
+          ...policy,
+          reset: "run-again" as const,
+          resetPace: Schedule.spaced("1 hour").pipe(Schedule.upTo({ times: 3 }))
+        }))
+      ),
+      10
     )
   })
 

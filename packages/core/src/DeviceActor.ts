@@ -92,6 +92,8 @@ export class DeviceActor {
   #schedule: ((task: () => void) => void) | undefined
   #wakeScheduled = false
   #generation = 0
+  /** Posted writes that were lost since the device failed. */
+  #lost = 0
   /** The write that is being handled, if a vCPU waits for it and the device does not hold it. */
   #writing: CallReply | undefined
   /** The writes that the device holds. */
@@ -142,10 +144,14 @@ export class DeviceActor {
    * the time that its fiber is scheduled: waking a fiber costs many times what a write costs.
    *
    * What a device has no room for holds up the writes to all devices. So one that waits to be started again takes everything,
-   * and loses what its mailbox does not hold.
+   * and loses what its mailbox does not hold; how much that was is logged when it works again.
    */
   readonly posted = (range: number, offset: number, size: number, value: number): boolean => {
-    if (this.#count >= MAILBOX_CAPACITY - CALL_RESERVE) return this.#isDown
+    if (this.#count >= MAILBOX_CAPACITY - CALL_RESERVE) {
+      if (!this.#isDown) return false
+      this.#lost++
+      return true
+    }
     this.#push(KIND_POSTED, range, offset, size, value, undefined)
     if (this.#count >= TURN_ACCESSES) this.#wake?.()
     else this.#wakeSoon()
@@ -183,7 +189,8 @@ export class DeviceActor {
         Cause.hasInterruptsOnly(cause) ? Effect.interrupt : Effect.fail(new DeviceCrashed({ detail: tellCause(cause) }))
       )
     )
-    return (policy._tag === "restart" ? Effect.retry(life, policy.schedule) : life).pipe(
+    const told = Effect.tapError(life, (crash) => Effect.logWarning(`${this.device.name} has failed: ${crash.detail}`))
+    return (policy._tag === "restart" ? Effect.retry(told, policy.schedule) : life).pipe(
       Effect.catchTag(
         "DeviceCrashed",
         (crash) => new DeviceEscalated({ device: this.device.name, starts: this.#generation, detail: crash.detail })
@@ -218,6 +225,11 @@ export class DeviceActor {
         Effect.onExit((exit) => Exit.isFailure(exit) ? Scope.close(scope, exit) : Effect.void)
       )
       this.#current = { behaviour, scope }
+      const lost = this.#lost
+      this.#lost = 0
+      if (lost > 0) {
+        yield* Effect.logWarning(`${this.device.name}: ${lost} writes were lost before it was started again`)
+      }
     }))
   }
 

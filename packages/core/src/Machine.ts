@@ -7,6 +7,7 @@
  */
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
+import * as Schema from "effect/Schema"
 import type * as Scope from "effect/Scope"
 import type { Device } from "./Device.ts"
 import { DeviceCatalog } from "./DeviceCatalog.ts"
@@ -18,11 +19,12 @@ import {
   GuestError,
   type GuestErrorReason
 } from "./GuestError.ts"
-import type { GuestStop } from "./GuestStop.ts"
+import { type GuestStop, Reset } from "./GuestStop.ts"
 import { Hypervisor } from "./Hypervisor.ts"
 import { buildIncarnation, runIncarnation } from "./Incarnation.ts"
 import { MachinePolicy } from "./MachinePolicy.ts"
 import { deviceInitializationFailure } from "./Placement.ts"
+import { resetPace } from "./RestartSchedule.ts"
 
 /** A machine that has been built and has not run yet. */
 export interface Machine {
@@ -33,6 +35,9 @@ export interface Machine {
   /** Whether a life of the guest has come to its end. */
   readonly hasLived: () => boolean
 }
+
+/** A life of the guest has ended in a reset, and the machine is to run again. */
+class RunAgain extends Schema.TaggedError<RunAgain>()("RunAgain", { stop: Reset }) {}
 
 const fail = (reason: GuestErrorReason): Effect.Effect<never, GuestError> => Effect.fail(new GuestError({ reason }))
 
@@ -62,14 +67,16 @@ export const makeMachine: (
     const build = buildIncarnation(config, devices, scope)
     let incarnation = yield* build
     let lived = false
-    const run = Effect.gen(function*() {
-      for (;;) {
-        const stop = yield* runIncarnation(incarnation, config, services)
-        lived = true
-        if (stop._tag !== "Reset" || policy.reset === "stop") return stop
-        incarnation = yield* build
-      }
+    const life = Effect.gen(function*() {
+      if (lived) incarnation = yield* build
+      const stop = yield* runIncarnation(incarnation, config, services)
+      lived = true
+      return stop._tag === "Reset" && policy.reset === "run-again" ? yield* new RunAgain({ stop }) : stop
     })
+    const run = Effect.retry(life, {
+      schedule: policy.resetPace ?? resetPace,
+      while: (error) => error._tag === "RunAgain"
+    }).pipe(Effect.catchTag("RunAgain", ({ stop }) => Effect.succeed(stop)))
     return {
       services,
       hasLived: () => lived,

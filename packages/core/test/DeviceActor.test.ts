@@ -5,6 +5,7 @@ import { CALL_RESERVE, DeviceActor, MAILBOX_CAPACITY, TURN_ACCESSES } from "@tro
 import { GuestMemory } from "@troupe/core/GuestMemory"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
+import * as Logger from "effect/Logger"
 import * as Schedule from "effect/Schedule"
 import * as TestClock from "effect/testing/TestClock"
 import * as fc from "fast-check"
@@ -327,82 +328,88 @@ describe("DeviceActor", () => {
     Effect.promise(() =>
       fc.assert(
         fc.asyncProperty(fc.array(step, { maxLength: 40, size: "max" }), fc.boolean(), (steps, interrupt) =>
-          Effect.runPromise(Effect.gen(function*() {
-            const HOLD = 1
-            const CRASH = 2
-            // All that there ever were: also those of generations that have ended.
-            const releases: Array<() => void> = []
-            const answers: Array<number> = []
-            const expected: Array<number> = []
-            let held: Array<{ readonly call: number; readonly release: number }> = []
-            const { actor, world } = makeActor(
-              { _tag: "restart", schedule: Schedule.recurs(1000) },
-              (_, context) => ({
-                write: (_range, _offset, _size, value) => {
-                  if ((value & HOLD) !== 0) {
-                    releases.push(context.hold())
-                    // There is nothing left to hold.
-                    context.hold()()
-                  }
-                  if ((value & CRASH) !== 0) {
-                    throw new Error("crash")
-                  }
-                }
-              })
-            )
-            const call = (isWrite: boolean, value: number) => {
-              const index = answers.push(0) - 1
-              actor.call(0, 0, 1, isWrite, value, {
-                complete: () => {
-                  answers[index] = (answers[index] ?? 0) + 1
-                }
-              })
-              return index
-            }
-            const endAll = () => {
-              for (const { call } of held) {
-                expected[call] = 1
-              }
-              held = []
-            }
-            yield* Effect.scoped(Effect.gen(function*() {
-              const fiber = yield* running(actor)
-              yield* settle
-              for (const { kind, value } of steps) {
-                if (kind === "hold") {
-                  expected.push(0)
-                  held.push({ release: releases.length, call: call(true, HOLD) })
-                } else if (kind === "read" || kind === "write") {
-                  call(kind === "write", 0)
-                  expected.push(1)
-                } else if (kind === "posted") {
-                  actor.posted(0, 0, 1, HOLD)
-                } else if (kind === "release") {
-                  releases[value]?.()
-                  for (const { call, release } of held) {
-                    if (release === value) {
-                      expected[call] = 1
+          Effect.runPromise(
+            Effect.gen(function*() {
+              const HOLD = 1
+              const CRASH = 2
+              // All that there ever were: also those of generations that have ended.
+              const releases: Array<() => void> = []
+              const answers: Array<number> = []
+              const expected: Array<number> = []
+              let held: Array<{ readonly call: number; readonly release: number }> = []
+              const { actor, world } = makeActor(
+                { _tag: "restart", schedule: Schedule.recurs(1000) },
+                (_, context) => ({
+                  write: (_range, _offset, _size, value) => {
+                    if ((value & HOLD) !== 0) {
+                      releases.push(context.hold())
+                      // There is nothing left to hold.
+                      context.hold()()
+                    }
+                    if ((value & CRASH) !== 0) {
+                      throw new Error("crash")
                     }
                   }
-                  held = held.filter(({ release }) =>
-                    release !== value
-                  )
-                } else {
-                  call(true, kind === "crash" ? CRASH : CRASH | HOLD)
-                  expected.push(1)
-                  endAll()
-                }
-                yield* settle
-                assert.deepStrictEqual(answers, expected)
+                })
+              )
+              const call = (isWrite: boolean, value: number) => {
+                const index = answers.push(0) - 1
+                actor.call(0, 0, 1, isWrite, value, {
+                  complete: () => {
+                    answers[index] = (answers[index] ?? 0) + 1
+                  }
+                })
+                return index
               }
-              if (interrupt) yield* Fiber.interrupt(fiber)
-            }))
-            endAll()
-            assert.deepStrictEqual(answers, expected)
-            for (const release of releases) release()
-            assert.deepStrictEqual(answers, expected)
-            assert.strictEqual(world.open, 0)
-          })))
+              const endAll = () => {
+                for (const { call } of held) {
+                  expected[call] = 1
+                }
+                held = []
+              }
+              yield* Effect.scoped(Effect.gen(function*() {
+                const fiber = yield* running(actor)
+                yield* settle
+                for (const { kind, value } of steps) {
+                  if (kind === "hold") {
+                    expected.push(0)
+                    held.push({ release: releases.length, call: call(true, HOLD) })
+                  } else if (kind === "read" || kind === "write") {
+                    call(kind === "write", 0)
+                    expected.push(1)
+                  } else if (kind === "posted") {
+                    actor.posted(0, 0, 1, HOLD)
+                  } else if (kind === "release") {
+                    releases[value]?.()
+                    for (const { call, release } of held) {
+                      if (release === value) {
+                        expected[call] = 1
+                      }
+                    }
+                    held = held.filter(({ release }) =>
+                      release !== value
+                    )
+                  } else {
+                    call(true, kind === "crash" ? CRASH : CRASH | HOLD)
+                    expected.push(1)
+                    endAll()
+                  }
+                  yield* settle
+                  assert.deepStrictEqual(answers, expected)
+                }
+                if (interrupt) {
+                  yield* Fiber.interrupt(fiber)
+                }
+              }))
+              endAll()
+              assert.deepStrictEqual(answers, expected)
+              for (const release of releases) {
+                release()
+              }
+              assert.deepStrictEqual(answers, expected)
+              assert.strictEqual(world.open, 0)
+            }).pipe(Effect.provide(Logger.layer([])))
+          ))
       )
     ))
 
