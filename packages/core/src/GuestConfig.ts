@@ -13,6 +13,7 @@ import { PLUGGABLE_BLOCKS_MAX } from "./BlockMap.ts"
 import { BadConfig, type ConfigIssue } from "./GuestError.ts"
 import { GuestFile } from "./GuestFile.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
+import type { HostVsockAcceptor } from "./HostVsockEndpoint.ts"
 import { formatMacAddress, isStationAddress, MAC_ADDRESS_PATTERN, macAddressBytes } from "./MacAddress.ts"
 import { RateLimit } from "./RateLimit.ts"
 
@@ -124,7 +125,15 @@ export const NetSpec = Schema.Struct({
 /** A network interface of the guest. */
 export type NetSpec = typeof NetSpec.Type
 /** A host port that accepts connections of the guest from its first instruction on. */
-export const VsockListener = Schema.Struct({ port: VsockPort })
+export const VsockListener = Schema.Struct({
+  port: VsockPort,
+  /** Who decides about the connections. Without one they wait until somebody listens on the port. */
+  acceptor: Schema.optionalKey(
+    Schema.declare<HostVsockAcceptor>((u): u is HostVsockAcceptor => typeof u === "function", {
+      expected: "a function from a connection request to an effect"
+    })
+  )
+})
 
 /** How a guest finds and drives its virtio devices: registers in memory named by ACPI, or functions on a PCI bus. */
 export const VirtioTransport = Schema.Literals(["mmio", "pci"])
@@ -348,6 +357,9 @@ const checkRules = (config: typeof GuestConfig.Type): Array<ConfigIssue> => {
   }
   if (config.virtioSoundInput) {
     issues.push(rule("virtioSoundInput", "must be off: this device does not exist yet", true))
+  }
+  if (config.vsockListeners.length > 0 && !config.virtioVsock) {
+    issues.push(rule("vsockListeners", "must be empty unless virtioVsock is on", config.vsockListeners))
   }
   const ports = new Map<number, number>()
   config.vsockListeners.forEach(({ port }, index) => {

@@ -103,7 +103,7 @@ describe("GuestConfig", () => {
   })
 
   it("refuses two listeners on one port", () => {
-    const issues = issuesOf({ ...minimal, vsockListeners: [{ port: 1 }, { port: 2 }, { port: 1 }] })
+    const issues = issuesOf({ ...minimal, virtioVsock: true, vsockListeners: [{ port: 1 }, { port: 2 }, { port: 1 }] })
     assert.deepStrictEqual(issues, [{
       field: "vsockListeners[2].port",
       rule: "must differ from vsockListeners[0].port",

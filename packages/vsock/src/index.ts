@@ -1,2 +1,4 @@
-/** The vsock protocol family: addresses so far. The socket device and its endpoints are built on them. */
+/** The vsock protocol family: the socket device, its endpoints, and who may talk to whom. */
+export { layerVsock } from "./Catalog.ts"
 export * from "./Cid.ts"
+export * from "./VsockManager.ts"
