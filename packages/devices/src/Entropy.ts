@@ -6,9 +6,9 @@
  */
 import type { DevicePolicy } from "@troupe/core/Device"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
+import { restartPolicy } from "@troupe/core/RestartSchedule"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
-import * as Schedule from "effect/Schedule"
 import { EntropySource } from "./EntropySource.ts"
 import { makeThrottle, Throttle } from "./Throttle.ts"
 import { DescriptorChain } from "./virtio/DescriptorChain.ts"
@@ -27,10 +27,7 @@ export const ENTROPY_BYTES_PER_TURN = 0x1_0000
 export const ENTROPY_CHAINS_PER_TURN = 64
 
 /** An entropy device that is started again a few times, at growing intervals, when its source fails. */
-export const entropyPolicy: DevicePolicy = {
-  _tag: "restart",
-  schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
-}
+export const entropyPolicy: DevicePolicy = restartPolicy({ delay: "100 millis" })
 
 /** The signal that there are tokens for the request that waits. */
 const SIGNAL_TOKENS = 0

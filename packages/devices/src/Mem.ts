@@ -11,12 +11,12 @@ import { addressFromHalves, INVALID_ADDRESS } from "@troupe/core/GuestAddress"
 import { BadConfig, GuestError } from "@troupe/core/GuestError"
 import type { PluggableMemory } from "@troupe/core/Hypervisor"
 import { MemController, type MemSize } from "@troupe/core/MemController"
+import { restartPolicy } from "@troupe/core/RestartSchedule"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
 import * as PubSub from "effect/PubSub"
 import * as Queue from "effect/Queue"
-import * as Schedule from "effect/Schedule"
 import type * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
 import { DescriptorChain } from "./virtio/DescriptorChain.ts"
@@ -74,10 +74,7 @@ const SIGNAL_REQUESTED = 1
 const CHANGES_KEPT = 16
 
 /** A memory device that is started again a few times, at growing intervals, when it fails. */
-export const memPolicy: DevicePolicy = {
-  _tag: "restart",
-  schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
-}
+export const memPolicy: DevicePolicy = restartPolicy({ delay: "100 millis" })
 
 /** What the host and the device share, as long as the machine. */
 class MemState {

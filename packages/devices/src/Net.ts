@@ -4,20 +4,17 @@ import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
 import { netSpecs } from "@troupe/core/GuestConfig"
 import { NetBackend } from "@troupe/core/NetBackend"
 import { NetInterfaces } from "@troupe/core/NetInterfaces"
+import { restartPolicy } from "@troupe/core/RestartSchedule"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
-import * as Schedule from "effect/Schedule"
 import { NetLine } from "./net/NetLine.ts"
 import { withSoftwareOffloads } from "./net/SoftwareOffloads.ts"
 import { virtioNet } from "./net/VirtioNet.ts"
 import { virtioOn } from "./virtio/VirtioTransport.ts"
 
 /** A network device that is started again a few times, at growing intervals, when it fails. Its port stays open. */
-export const netPolicy: DevicePolicy = {
-  _tag: "restart",
-  schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
-}
+export const netPolicy: DevicePolicy = restartPolicy({ delay: "100 millis" })
 
 /**
  * Adds the network devices, which a machine has when `netDevices` or `defaultNet` ask for them. Their interfaces are connected to the
