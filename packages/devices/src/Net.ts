@@ -18,12 +18,20 @@ export const netPolicy: DevicePolicy = restartPolicy({ delay: "100 millis" })
 
 /**
  * Adds the network devices, which a machine has when `netDevices` or `defaultNet` ask for them. Their interfaces are connected to the
- * back end for as long as the machine lives; a back end that refuses one refuses the machine.
+ * {@link NetBackend} of the layer's context for as long as the machine lives. Without one a machine that asks for interfaces is refused,
+ * as it is when the back end refuses an interface.
  */
-export const layerNet: Layer.Layer<DeviceCatalog, never, DeviceCatalog | NetBackend> = DeviceCatalog.layerAdd(
-  Effect.map(NetBackend, (backend) => ({
+export const layerNet: Layer.Layer<DeviceCatalog, never, DeviceCatalog> = DeviceCatalog.layerAdd(
+  Effect.map(Effect.serviceOption(NetBackend), (found) => ({
     provides: "netDevices" as const,
     devices: Effect.fnUntraced(function*(config) {
+      if (!config.defaultNet && config.netDevices.length === 0) return []
+      const backend = yield* Effect.fromOption(found, () =>
+        new DeviceFailure({
+          device: "net0",
+          detail: "there is no network for its interfaces",
+          hint: "Provide a layer of NetBackend, such as Tap.layer, to the layer of the devices"
+        }))
       const lines: Array<NetLine> = []
       for (const [index, { enableBridge, macAddress }] of netSpecs(config).entries()) {
         const request = { index, name: `net${index}`, macAddress: macAddress.toLowerCase(), enableBridge }

@@ -1,8 +1,12 @@
 /** The virtual devices of a machine. Single modules can be imported by their names. */
+export { type Balloon, balloonPolicy, layerBalloon, makeBalloon } from "./Balloon.ts"
 export { layerBlock, openDisk } from "./Block.ts"
 export { layer } from "./Catalog.ts"
 export { entropy, entropyPolicy, layerEntropy } from "./Entropy.ts"
 export { EntropySource } from "./EntropySource.ts"
 export { layerMem, makeMem, memPolicy } from "./Mem.ts"
+export { layerNet, netPolicy } from "./Net.ts"
 export { layerPower, power } from "./Power.ts"
 export { layerSerial, makeSerial } from "./Serial.ts"
+export { makeThrottle, Throttle } from "./Throttle.ts"
+export { RateLimiter, TokenBucket } from "./TokenBucket.ts"

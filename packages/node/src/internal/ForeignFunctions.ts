@@ -27,6 +27,8 @@ export interface PollHandle {
   readonly ref: () => void
   /** Lets the process end although the descriptor is watched. */
   readonly unref: () => void
+  /** Watches for other events from now on, for none with 0. */
+  readonly watch: (events: number) => void
   /** Stops watching. The callback is not called again. Idempotent. Comes before the descriptor is closed. */
   readonly close: () => void
 }
@@ -70,6 +72,12 @@ export interface ForeignFunctions {
    * waits for a medium. `-ENOSYS` where the C library does not have it.
    */
   readonly preadv2: (fd: number, vectors: bigint, count: number, offset: number, flags: number) => number
+  /** `readv(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`, together less than 2 GiB. */
+  readonly readv: (fd: number, vectors: bigint, count: number) => number
+  /** `writev(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`, together less than 2 GiB. */
+  readonly writev: (fd: number, vectors: bigint, count: number) => number
+  /** `socket(2)`: a descriptor. `SOCK_CLOEXEC` is always added. */
+  readonly socket: (domain: number, type: number, protocol: number) => number
   /** `fallocate(2)`; `mode` is a set of {@link FALLOC_FL_KEEP_SIZE} and its like. */
   readonly fallocate: (fd: number, mode: number, offset: number, length: number) => number
   /** `flock(2)`; `operation` is a set of {@link LOCK_EX} and its like. */
@@ -113,6 +121,13 @@ export const O_RDWR = 0x2
 export const O_NONBLOCK = 0x800
 /** `open(2)`: close on `execve`. */
 export const O_CLOEXEC = 0x8_0000
+
+/** `socket(2)`: IPv4. */
+export const AF_INET = 2
+/** `socket(2)`: datagrams. */
+export const SOCK_DGRAM = 2
+/** `socket(2)`: close on `execve`. */
+export const SOCK_CLOEXEC = 0x8_0000
 
 /** `mmap(2)`: pages may be read. */
 export const PROT_READ = 0x1
@@ -162,6 +177,7 @@ export const LOCK_NB = 4
 
 /** `errno` values that the module itself names; they are the same on every Linux architecture that Troupe runs on. */
 export const ErrnoNumber = {
+  EPERM: 1,
   ENOENT: 2,
   EINTR: 4,
   EIO: 5,

@@ -17,6 +17,7 @@ import {
   SIG_DFL,
   SIGACTION_HANDLER,
   SIGACTION_SIZE,
+  SOCK_CLOEXEC,
   syscallNumbers
 } from "./ForeignFunctions.ts"
 import { makePoll, UV_POLL } from "./UvPoll.ts"
@@ -80,6 +81,15 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
   const cMunmap: (address: bigint, length: number) => number = lib.func("int munmap(uint64_t address, uint64_t length)")
   const cMadvise: (address: bigint, length: number, advice: number) => number = lib.func(
     "int madvise(uint64_t address, uint64_t length, int advice)"
+  )
+  const cReadv: (fd: number, vectors: bigint, count: number) => number = lib.func(
+    "int readv(int fd, uint64_t vectors, int count)"
+  )
+  const cWritev: (fd: number, vectors: bigint, count: number) => number = lib.func(
+    "int writev(int fd, uint64_t vectors, int count)"
+  )
+  const cSocket: (domain: number, type: number, protocol: number) => number = lib.func(
+    "int socket(int domain, int type, int protocol)"
   )
   const cFallocate: (fd: number, mode: number, offset: number, length: number) => number = lib.func(
     "int fallocate(int fd, int mode, int64_t offset, int64_t length)"
@@ -197,6 +207,18 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
     },
     fallocate: (fd, mode, offset, length) => cFallocate(fd, mode, offset, length) < 0 ? failure() : 0,
     flock: (fd, operation) => cFlock(fd, operation) < 0 ? failure() : 0,
+    readv: (fd, vectors, count) => {
+      const result = cReadv(fd, vectors, count)
+      return result < 0 ? failure() : result
+    },
+    writev: (fd, vectors, count) => {
+      const result = cWritev(fd, vectors, count)
+      return result < 0 ? failure() : result
+    },
+    socket: (domain, type, protocol) => {
+      const result = cSocket(domain, type | SOCK_CLOEXEC, protocol)
+      return result < 0 ? failure() : result
+    },
     eventfd: (initial, flags) => {
       const result = cEventfd(initial, flags | EFD_CLOEXEC)
       return result < 0 ? failure() : result

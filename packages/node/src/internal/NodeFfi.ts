@@ -14,6 +14,7 @@ import {
   SIG_DFL,
   SIGACTION_HANDLER,
   SIGACTION_SIZE,
+  SOCK_CLOEXEC,
   syscallNumbers
 } from "./ForeignFunctions.ts"
 import { makePoll, UV_POLL } from "./UvPoll.ts"
@@ -69,6 +70,9 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     mmap: { arguments: ["u64", "u64", "i32", "i32", "i32", "i64"], return: "i64" },
     munmap: { arguments: ["u64", "u64"], return: "i32" },
     madvise: { arguments: ["u64", "u64", "i32"], return: "i32" },
+    readv: { arguments: ["i32", "u64", "i32"], return: "i32" },
+    writev: { arguments: ["i32", "u64", "i32"], return: "i32" },
+    socket: { arguments: ["i32", "i32", "i32"], return: "i32" },
     fallocate: { arguments: ["i32", "i32", "i64", "i64"], return: "i32" },
     flock: { arguments: ["i32", "i32"], return: "i32" },
     eventfd: { arguments: ["u32", "i32"], return: "i32" },
@@ -173,6 +177,18 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     },
     fallocate: (fd, mode, offset, length) => c.fallocate(fd, mode, BigInt(offset), BigInt(length)) < 0 ? failure() : 0,
     flock: (fd, operation) => c.flock(fd, operation) < 0 ? failure() : 0,
+    readv: (fd, vectors, count) => {
+      const result = c.readv(fd, vectors, count)
+      return result < 0 ? failure() : result
+    },
+    writev: (fd, vectors, count) => {
+      const result = c.writev(fd, vectors, count)
+      return result < 0 ? failure() : result
+    },
+    socket: (domain, type, protocol) => {
+      const result = c.socket(domain, type | SOCK_CLOEXEC, protocol)
+      return result < 0 ? failure() : result
+    },
     eventfd: (initial, flags) => {
       const result = c.eventfd(initial, flags | EFD_CLOEXEC)
       return result < 0 ? failure() : result

@@ -86,6 +86,11 @@ export const makePoll = (register: (callbacks: UvPollCallbacks) => UvPollFunctio
       unref: () => {
         if (open) unref(handle)
       },
+      watch: (next) => {
+        if (!open) return
+        if (next === 0) stop(handle)
+        else start(handle, next)
+      },
       close: () => {
         if (!open) return
         open = false
