@@ -15,7 +15,7 @@ import type { DeviceField, GuestConfig } from "./GuestConfig.ts"
 /** Makes the devices of one kind that a configuration asks for. */
 export interface DeviceFactory {
   /** What it makes: a field of the configuration, or the name of a device that every machine has. */
-  readonly provides: DeviceField | "serial" | "power"
+  readonly provides: DeviceField | "serial" | "power" | "pci"
   /** The devices, in order; none when the configuration does not ask for this kind. Runs once for each machine. */
   readonly devices: (config: GuestConfig) => Effect.Effect<ReadonlyArray<Device>, DeviceFailure, Scope.Scope>
 }

@@ -5,6 +5,7 @@ import { provideAcpi } from "./acpi/AcpiCache.ts"
 import { RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT } from "./acpi/PowerPorts.ts"
 import type { GuestBlock } from "./boot/GuestBlock.ts"
 import { loadKernel } from "./boot/KernelImage.ts"
+import { PCI_ECAM_ADDRESS, PCI_ECAM_BUS_SIZE } from "./boot/MachineLayout.ts"
 import { resetVector } from "./boot/ResetVector.ts"
 import type { GuestConfig } from "./GuestConfig.ts"
 import { GuestError, type GuestErrorReason, InternalError, KernelLoadFailure } from "./GuestError.ts"
@@ -25,6 +26,7 @@ export const loadGuest = Effect.fnUntraced(
       sleepControl: { space: "pio", address: SLEEP_CONTROL_PORT },
       sleepStatus: { space: "pio", address: SLEEP_STATUS_PORT },
       reset: { register: { space: "pio", address: RESET_PORT }, value: RESET_VALUE },
+      pci: hasPci(devices) ? { address: PCI_ECAM_ADDRESS, firstBus: 0, lastBus: 0 } : undefined,
       devices: devices.flatMap(({ device, placement }) => device.acpi?.(placement) ?? [])
     })
     if (Result.isFailure(acpi)) {
@@ -42,6 +44,12 @@ export const loadGuest = Effect.fnUntraced(
     return plan.entry
   }
 )
+
+/** Whether one of the devices has configuration pages. */
+const hasPci = (devices: ReadonlyArray<PlacedDevice>): boolean =>
+  devices.some(({ placement }) =>
+    placement.bases.some((base) => base >= PCI_ECAM_ADDRESS && base < PCI_ECAM_ADDRESS + PCI_ECAM_BUS_SIZE)
+  )
 
 const readFile = (file: GuestFile | Uint8Array, what: string): Effect.Effect<Uint8Array, GuestError> =>
   file instanceof Uint8Array

@@ -1,6 +1,11 @@
 /** ACPI tables, read back as an operating system would: from the root pointer, by address, checking every sum. */
 import { assert, describe, it } from "@effect/vitest"
-import { serialPortDevice, systemPortsDevice, virtioMmioDevice } from "@troupe/core/acpi/AcpiDevices"
+import {
+  pciHostBridgeDevices,
+  serialPortDevice,
+  systemPortsDevice,
+  virtioMmioDevice
+} from "@troupe/core/acpi/AcpiDevices"
 import {
   ACPI_MAXIMUM_CPUS,
   type AcpiInput,
@@ -33,6 +38,8 @@ const input = (more: Partial<AcpiInput> = {}): AcpiInput => ({
   reset: { register: pio(0x602), value: 6 },
   ...more
 })
+
+const PCI = { address: 0xe000_0000, firstBus: 0, lastBus: 0 }
 
 const built = (description: AcpiInput): AcpiPlan => {
   const result = buildAcpi(description)
@@ -96,7 +103,8 @@ const readTables = (plan: AcpiPlan) => {
   const fadt = find("FACP")
   assert.strictEqual(fadt.getUint32(40, true), memory.address(fadt, 140), "DSDT and X_DSDT agree")
   const dsdt = memory.table(memory.address(fadt, 140), "DSDT")
-  return { fadt, madt: find("APIC"), dsdt, terms: readAml(bytesOf(dsdt).subarray(36)) }
+  const mcfg = plan.blocks.some(({ name }) => name === "MCFG") ? find("MCFG") : undefined
+  return { fadt, madt: find("APIC"), mcfg, dsdt, terms: readAml(bytesOf(dsdt).subarray(36)) }
 }
 
 const register = (view: DataView, offset: number) => ({
@@ -225,6 +233,28 @@ describe("buildAcpi", () => {
     }))
   })
 
+  it("describes PCI's configuration pages, reserves them, and says which addresses and buses the bridge has", () => {
+    const plan = built(input({ devices: pciHostBridgeDevices, pci: PCI }))
+    const { mcfg, terms } = readTables(plan)
+    if (mcfg === undefined) throw new Error("there is no MCFG")
+    assert.strictEqual(mcfg.byteLength, 60)
+    assert.deepStrictEqual(
+      [mcfg.getBigUint64(36, true), mcfg.getBigUint64(44, true), mcfg.getUint16(52, true)],
+      [0n, 0xe000_0000n, 0]
+    )
+    assert.deepStrictEqual([mcfg.getUint8(54), mcfg.getUint8(55), mcfg.getUint32(56, true)], [0, 0, 0])
+    const bus = terms.find((term) => term._tag === "Scope")
+    if (bus?._tag !== "Scope") throw new Error("there is no \\_SB")
+    assert.deepStrictEqual(bus.terms.map(describeDevice).map(({ _CRS }) => _CRS), [
+      [
+        { _tag: "BusNumbers", first: 0, count: 1 },
+        { _tag: "MemoryWindow", base: 0xe100_0000, size: 0x0200_0000 }
+      ],
+      [{ _tag: "Memory32Fixed", base: 0xe000_0000, size: 0x10_0000, writable: true }]
+    ])
+    assert.isUndefined(readTables(built(input())).mcfg)
+  })
+
   it("says what cannot be described", () => {
     for (const cpus of [0, -1, 1.5, Number.NaN, ACPI_MAXIMUM_CPUS + 1]) {
       assert.include(refusal({ cpus }), `vCPUs, found ${cpus}`)
@@ -277,12 +307,13 @@ describe(missing === undefined ? "ACPICA" : `ACPICA, skipped: ${missing}`, () =>
         serialPortDevice(),
         virtioMmioDevice(0, 0xd000_0000, 5),
         virtioMmioDevice(1, 0xd000_1000, 6),
-        systemPortsDevice(0, [{ base: 0x600, size: 3 }])
+        systemPortsDevice(0, [{ base: 0x600, size: 3 }]),
+        ...pciHostBridgeDevices
       ]
       const overrides = [{ source: 0, gsi: 2, polarity: "high", trigger: "edge" }] as const
       for (const cpus of [2, 260]) {
-        const plan = built(input({ cpus, devices, interruptOverrides: overrides }))
-        for (const name of ["DSDT", "FADT", "MADT", "XSDT"]) {
+        const plan = built(input({ cpus, devices, interruptOverrides: overrides, pci: PCI }))
+        for (const name of ["DSDT", "FADT", "MADT", "MCFG", "XSDT"]) {
           const block = plan.blocks.find((candidate) => candidate.name === name)
           writeFileSync(join(directory, `${name}.dat`), block!.bytes)
           run("-d", `${name}.dat`)

@@ -105,6 +105,9 @@ describe("encodeAml", () => {
       refusal(Aml.device("D", [Aml.name("_CRS", Aml.resourceTemplate([resource]))]))
     assert.include(crs(Resource.memory32Fixed(2 ** 32, 1)), "32-bit memory base")
     assert.include(crs(Resource.memory32Fixed(2 ** 32 - 1, 2)), "4 GiB")
+    assert.include(crs(Resource.memoryWindow(2 ** 32 - 1, 2)), "4 GiB")
+    assert.include(crs(Resource.memoryWindow(0, 0)), "not empty")
+    assert.include(crs(Resource.busNumbers(255, 2)), "255")
     assert.include(crs(Resource.io(0xffff, 2)), "0xffff")
     assert.include(crs(Resource.io(0, 256)), "255")
     assert.include(crs(Resource.interrupt(-1)), "interrupt")
@@ -135,6 +138,16 @@ const resource: fc.Arbitrary<AmlResource> = fc.oneof(
     base: fc.integer({ min: 0, max: 0x8000_0000 }),
     size: fc.integer({ min: 0, max: 0x7fff_ffff }),
     writable: fc.boolean()
+  }),
+  fc.record({
+    _tag: fc.constant("MemoryWindow" as const),
+    base: fc.integer({ min: 0, max: 0x8000_0000 }),
+    size: fc.integer({ min: 1, max: 0x7fff_ffff })
+  }),
+  fc.record({
+    _tag: fc.constant("BusNumbers" as const),
+    first: fc.nat(0x7f),
+    count: fc.integer({ min: 1, max: 0x80 })
   }),
   fc.record({
     _tag: fc.constant("Io" as const),

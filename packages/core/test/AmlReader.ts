@@ -181,6 +181,24 @@ export const readResources = (bytes: Uint8Array): ReadonlyArray<AmlResource> => 
       const writable = part.byte() === 1
       const base = part.number(4)
       resources.push({ _tag: "Memory32Fixed", base, size: part.number(4), writable })
+    } else if (tag === 0x87) {
+      const head = [part.byte(), part.byte(), part.byte(), part.number(4)]
+      if (head.join() !== "0,12,1,0") throw new Error(`unknown window ${head.join()}`)
+      const base = part.number(4)
+      const last = part.number(4)
+      if (part.number(4) !== 0) throw new Error("a translation")
+      const size = part.number(4)
+      if (last !== base + size - 1) throw new Error(`a window of ${size} bytes from ${base} to ${last}`)
+      resources.push({ _tag: "MemoryWindow", base, size })
+    } else if (tag === 0x88) {
+      const head = [part.byte(), part.byte(), part.byte(), part.number(2)]
+      if (head.join() !== "2,12,0,0") throw new Error(`unknown window ${head.join()}`)
+      const first = part.number(2)
+      const last = part.number(2)
+      if (part.number(2) !== 0) throw new Error("a translation")
+      const count = part.number(2)
+      if (last !== first + count - 1) throw new Error(`${count} buses from ${first} to ${last}`)
+      resources.push({ _tag: "BusNumbers", first, count })
     } else if (tag === 0x89) {
       const flags = part.byte()
       if ((flags & 1) === 0) throw new Error("the device consumes its interrupt")

@@ -1,5 +1,11 @@
 /** ACPI device nodes of the devices that an x86-64 machine commonly has. */
-import { VIRTIO_MMIO_SIZE } from "../boot/MachineLayout.ts"
+import {
+  PCI_ECAM_ADDRESS,
+  PCI_ECAM_BUS_SIZE,
+  PCI_MEMORY_ADDRESS,
+  PCI_MEMORY_SIZE,
+  VIRTIO_MMIO_SIZE
+} from "../boot/MachineLayout.ts"
 import { Aml, type AmlTerm, Resource } from "./Aml.ts"
 
 /** First I/O port of the first serial port of a PC. */
@@ -42,6 +48,35 @@ export const virtioMmioDevice = (index: number, base: number, gsi: number): AmlT
       Aml.resourceTemplate([Resource.memory32Fixed(base, VIRTIO_MMIO_SIZE), Resource.interrupt(gsi)])
     )
   ])
+
+/**
+ * The PCI Express host bridge (`PNP0A08`) of segment 0 with bus 0 behind it, and the reservation of the bus's configuration
+ * pages, without which operating systems do not believe the MCFG table (PCI Firmware Specification 3.3, section 4.1.2).
+ *
+ * There is no `_OSC`: the machine has none of the features whose control could be asked for.
+ */
+export const pciHostBridgeDevices: ReadonlyArray<AmlTerm> = [
+  Aml.device("PCI0", [
+    Aml.name("_HID", Aml.eisaId("PNP0A08")),
+    Aml.name("_CID", Aml.eisaId("PNP0A03")),
+    Aml.name("_UID", Aml.integer(0)),
+    Aml.name("_SEG", Aml.integer(0)),
+    Aml.name("_BBN", Aml.integer(0)),
+    Aml.name("_CCA", Aml.integer(1)),
+    Aml.name(
+      "_CRS",
+      Aml.resourceTemplate([
+        Resource.busNumbers(0, 1),
+        Resource.memoryWindow(PCI_MEMORY_ADDRESS, PCI_MEMORY_SIZE)
+      ])
+    )
+  ]),
+  Aml.device("MCFG", [
+    Aml.name("_HID", Aml.eisaId("PNP0C02")),
+    Aml.name("_UID", Aml.string("ECAM")),
+    Aml.name("_CRS", Aml.resourceTemplate([Resource.memory32Fixed(PCI_ECAM_ADDRESS, PCI_ECAM_BUS_SIZE)]))
+  ])
+]
 
 /** I/O ports that belong to the machine itself and to no driver (`PNP0C02`), such as those of the power registers. */
 export const systemPortsDevice = (

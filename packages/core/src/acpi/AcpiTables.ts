@@ -25,6 +25,14 @@ export interface InterruptOverride {
   readonly trigger: "edge" | "level"
 }
 
+/** Configuration pages of PCI functions, segment 0 (PCI Firmware Specification 3.3, section 4.1.2). */
+export interface PciConfigurationPages {
+  /** Address of those of bus 0. */
+  readonly address: number
+  readonly firstBus: number
+  readonly lastBus: number
+}
+
 /** What the tables describe. */
 export interface AcpiInput {
   /** Number of vCPUs. The local APIC ID of each is its number. */
@@ -39,6 +47,8 @@ export interface AcpiInput {
   readonly reset: { readonly register: AcpiRegister; readonly value: number }
   /** Default: none, every ISA interrupt has the I/O APIC input of its own number. */
   readonly interruptOverrides?: ReadonlyArray<InterruptOverride> | undefined
+  /** Default: none, there is no PCI. */
+  readonly pci?: PciConfigurationPages | undefined
 }
 
 /** The tables in their places. */
@@ -92,7 +102,9 @@ export const buildAcpi = (input: AcpiInput): Result.Result<AcpiPlan, AcpiError> 
     const fadtAddress = place(fadt)
     const madt = makeMadt(input)
     const madtAddress = place(madt)
-    const xsdt = makeXsdt([fadtAddress, madtAddress])
+    const mcfg = input.pci === undefined ? undefined : makeMcfg(input.pci)
+    const mcfgAddress = mcfg === undefined ? undefined : place(mcfg)
+    const xsdt = makeXsdt([fadtAddress, madtAddress, ...(mcfgAddress === undefined ? [] : [mcfgAddress])])
     const xsdtAddress = place(xsdt)
     const used = next - ACPI_TABLES_ADDRESS
     if (used > ACPI_TABLES_SIZE) {
@@ -105,6 +117,7 @@ export const buildAcpi = (input: AcpiInput): Result.Result<AcpiPlan, AcpiError> 
         guestBlock("DSDT", dsdtAddress, dsdt),
         guestBlock("FADT", fadtAddress, fadt),
         guestBlock("MADT", madtAddress, madt),
+        ...(mcfg === undefined || mcfgAddress === undefined ? [] : [guestBlock("MCFG", mcfgAddress, mcfg)]),
         guestBlock("XSDT", xsdtAddress, xsdt)
       ]
     }
@@ -256,6 +269,18 @@ const writeRegister = (view: DataView, offset: number, register: AcpiRegister): 
   view.setUint8(offset + 3, GAS_BYTE_ACCESS)
   writeUint64(view, offset + 4, register.address)
 }
+
+const MCFG_REVISION = 1
+/** Bytes of the MCFG before its entries, and of one entry. */
+const MCFG_FIXED_SIZE = HEADER_SIZE + 8
+const MCFG_ENTRY_SIZE = 16
+
+const makeMcfg = (pci: PciConfigurationPages): Uint8Array =>
+  makeTable("MCFG", MCFG_REVISION, MCFG_FIXED_SIZE + MCFG_ENTRY_SIZE, (_, view) => {
+    writeUint64(view, MCFG_FIXED_SIZE, pci.address)
+    view.setUint8(MCFG_FIXED_SIZE + 10, pci.firstBus)
+    view.setUint8(MCFG_FIXED_SIZE + 11, pci.lastBus)
+  })
 
 const MADT_REVISION = 5
 /** Interrupt controller structures (table 5.20): type and length in bytes. */

@@ -12,6 +12,18 @@ import { AmlWriter } from "./AmlWriter.ts"
 export type AmlResource =
   | { readonly _tag: "Memory32Fixed"; readonly base: number; readonly size: number; readonly writable: boolean }
   | {
+    /** Addresses that a bridge passes on to the devices behind it. */
+    readonly _tag: "MemoryWindow"
+    readonly base: number
+    readonly size: number
+  }
+  | {
+    /** The numbers of the buses behind a bridge. */
+    readonly _tag: "BusNumbers"
+    readonly first: number
+    readonly count: number
+  }
+  | {
     readonly _tag: "Io"
     readonly base: number
     readonly size: number
@@ -85,6 +97,10 @@ export const Aml = {
 export const Resource = {
   /** Registers at a fixed 32-bit address (ACPI 6.5, section 6.4.3.4). */
   memory32Fixed: (base: number, size: number): AmlResource => ({ _tag: "Memory32Fixed", base, size, writable: true }),
+  /** 32-bit addresses that a bridge passes on, which cannot be moved (section 6.4.3.5.2). */
+  memoryWindow: (base: number, size: number): AmlResource => ({ _tag: "MemoryWindow", base, size }),
+  /** Numbers of the buses behind a bridge (section 6.4.3.5.3). */
+  busNumbers: (first: number, count: number): AmlResource => ({ _tag: "BusNumbers", first, count }),
   /** I/O ports at a fixed address (section 6.4.2.5). */
   io: (base: number, size: number): AmlResource => ({ _tag: "Io", base, size, alignment: 1 }),
   /** An edge-triggered, active-high, exclusive interrupt, as every device of this machine has it (section 6.4.3.6). */
@@ -253,7 +269,16 @@ const writeBuffer = (writer: AmlWriter, bytes: Uint8Array): void => {
 const IO_PORT_DESCRIPTOR = 0x47
 const END_TAG = 0x79
 const MEMORY_32_FIXED_DESCRIPTOR = 0x86
+const DWORD_ADDRESS_SPACE_DESCRIPTOR = 0x87
+const WORD_ADDRESS_SPACE_DESCRIPTOR = 0x88
 const EXTENDED_INTERRUPT_DESCRIPTOR = 0x89
+/** Address space descriptors: kinds, and flags (tables 6.46 and 6.47). */
+const ADDRESS_SPACE_MEMORY = 0
+const ADDRESS_SPACE_BUS = 2
+/** A bridge's range, positively decoded, whose first and last address are fixed. */
+const ADDRESS_SPACE_FIXED = 0x0c
+/** Read and written, not cached. */
+const ADDRESS_SPACE_READ_WRITE = 0x01
 /** I/O port descriptor: the device decodes 16 bits of the address. */
 const IO_DECODE_16 = 0x01
 /** Extended interrupt descriptor flags (table 6.56). */
@@ -273,6 +298,37 @@ const writeResource = (writer: AmlWriter, resource: AmlResource): void => {
       writer.byte(resource.writable ? 1 : 0)
       writer.dword(resource.base)
       writer.dword(resource.size)
+      return
+    case "MemoryWindow":
+      writer.requireUnsigned("a 32-bit memory base", resource.base, 0xffff_ffff)
+      writer.demand(resource.size > 0, "a window is not empty", resource.size)
+      writer.demand(resource.base + resource.size <= 2 ** 32, "32-bit memory ends at 4 GiB", resource.base)
+      writer.byte(DWORD_ADDRESS_SPACE_DESCRIPTOR)
+      writer.word(23)
+      writer.byte(ADDRESS_SPACE_MEMORY)
+      writer.byte(ADDRESS_SPACE_FIXED)
+      writer.byte(ADDRESS_SPACE_READ_WRITE)
+      // Granularity, first and last address, translation, length.
+      writer.dword(0)
+      writer.dword(resource.base)
+      writer.dword(resource.base + resource.size - 1)
+      writer.dword(0)
+      writer.dword(resource.size)
+      return
+    case "BusNumbers":
+      writer.requireUnsigned("a bus number", resource.first, 0xff)
+      writer.demand(resource.count > 0, "a window is not empty", resource.count)
+      writer.demand(resource.first + resource.count <= 0x100, "buses are numbered up to 255", resource.first)
+      writer.byte(WORD_ADDRESS_SPACE_DESCRIPTOR)
+      writer.word(13)
+      writer.byte(ADDRESS_SPACE_BUS)
+      writer.byte(ADDRESS_SPACE_FIXED)
+      writer.byte(0)
+      writer.word(0)
+      writer.word(resource.first)
+      writer.word(resource.first + resource.count - 1)
+      writer.word(0)
+      writer.word(resource.count)
       return
     case "Io":
       writer.requireUnsigned("an I/O port", resource.base, 0xffff)

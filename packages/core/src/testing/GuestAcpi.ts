@@ -24,6 +24,14 @@ export interface VirtioMmioDevice {
   readonly gsi: number
 }
 
+/** The configuration pages of a PCI segment (PCI Firmware Specification 3.3, section 4.1.2). */
+export interface PciConfigurationPages {
+  /** Address of those of bus 0. */
+  readonly address: number
+  readonly firstBus: number
+  readonly lastBus: number
+}
+
 /** What a guest knows of its machine through ACPI. */
 export interface GuestAcpi {
   readonly sleepControl: AcpiRegister | undefined
@@ -33,6 +41,8 @@ export interface GuestAcpi {
   /** Local APIC IDs of the enabled processors. */
   readonly apicIds: ReadonlyArray<number>
   readonly virtioMmio: ReadonlyArray<VirtioMmioDevice>
+  /** Where the configuration pages of PCI segment 0 are, if there is one. */
+  readonly pci: PciConfigurationPages | undefined
 }
 
 /** `SLP_EN` of the sleep control register (ACPI 6.5, section 4.8.3.7). */
@@ -76,7 +86,8 @@ export const read = (memory: GuestMemory, rsdp: number): GuestAcpi => {
       : { register: reset, value: fadt.getUint8(Fadt.RESET_VALUE) },
     sleepTypeS5: nodes.sleepTypeS5,
     apicIds: readMadt(tables.get("APIC")),
-    virtioMmio: nodes.devices
+    virtioMmio: nodes.devices,
+    pci: readMcfg(tables.get("MCFG"))
   }
 }
 
@@ -134,6 +145,17 @@ const readMadt = (madt: DataView | undefined): ReadonlyArray<number> => {
     at += length
   }
   return ids
+}
+
+/** The first entry, of segment 0. */
+const readMcfg = (mcfg: DataView | undefined): PciConfigurationPages | undefined => {
+  const entry = TABLE_HEADER_SIZE + 8
+  if (mcfg === undefined || mcfg.byteLength < entry + 16 || mcfg.getUint16(entry + 8, true) !== 0) return undefined
+  return {
+    address: uint64(mcfg, entry),
+    firstBus: mcfg.getUint8(entry + 10),
+    lastBus: mcfg.getUint8(entry + 11)
+  }
 }
 
 // --- AML: as much of it as these tables use (ACPI 6.5, chapter 20) ------------------------------------------------------
