@@ -74,6 +74,13 @@ export class DescriptorChain {
     return region.bytes
   }
 
+  /** The region of guest memory that holds a buffer, from {@link offset} on. */
+  region(index: number): MemoryRegion {
+    const region = index < this.count ? this.#regions[index] : undefined
+    if (region === undefined) throw new RangeError(`buffer ${index} of a chain with ${this.count}`)
+    return region
+  }
+
   /** Where in its {@link array} a buffer begins. */
   offset(index: number): number {
     return index < this.count ? this.#offsets[index] ?? 0 : 0
