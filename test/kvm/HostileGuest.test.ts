@@ -1,6 +1,7 @@
 /** A guest whose driver breaks the rules, in machine code on a real /dev/kvm: the device asks for a reset, and everything else goes on. */
 import { assert, describe, it } from "@effect/vitest"
 import { type GuestConfigInput, GuestLifecycle } from "@troupe/core"
+import { blockClientFromBytes } from "@troupe/core/BlockClient"
 import { DeviceDefects } from "@troupe/core/testing"
 import { fromPath, KvmGuestLifecycle } from "@troupe/node"
 import { Effect, Exit, Fiber, Layer, Logger } from "effect"
@@ -78,19 +79,42 @@ const isolated = { excludeTestServices: true, timeout: 60_000 }
 
 describe.skipIf(kvmObstacle !== undefined)(onKvm("a hostile guest"), () => {
   it.layer(KvmGuestLifecycle.layer, isolated)((it) => {
+    const outcomesOf = (lines: ReadonlyArray<string>, end: string) => {
+      const outcomes = lines.flatMap((line) => new RegExp(`^hostile (\\S+) (.*), ${end}$`).exec(line)?.slice(1) ?? [])
+      SEEN.forEach(([attack, seen], index) => {
+        assert.strictEqual(outcomes[2 * index], attack)
+        assert.match(outcomes[2 * index + 1] ?? "", seen, attack)
+      })
+      assert.include(lines, "hostile done")
+    }
+
     it.effect.each([1, 2])(
       "does its worst to the entropy device, with processors: %i",
       (cpus) =>
         Effect.gen(function*() {
           const lines = yield* runGuest(config("hostile rng=64,2", { cpus })).pipe(Effect.provide(Logger.layer([])))
-          const outcomes = lines.flatMap((line) => /^hostile (\S+) (.*), recovered$/.exec(line)?.slice(1) ?? [])
-          SEEN.forEach(([attack, seen], index) => {
-            assert.strictEqual(outcomes[2 * index], attack)
-            assert.match(outcomes[2 * index + 1] ?? "", seen, attack)
-          })
-          assert.include(lines, "hostile done")
+          outcomesOf(lines, "recovered")
           // The device itself is none the worse for it.
           assert.include(lines, "rng ok")
+        })
+    )
+
+    it.effect.each([1, 2])(
+      "does its worst to a disk, and the other devices go on, with processors: %i",
+      (cpus) =>
+        Effect.gen(function*() {
+          const disk = {
+            id: "a-disk",
+            mode: "READ_WRITE",
+            format: "FILE",
+            client: blockClientFromBytes("memory", new Uint8Array(2 ** 20))
+          } as const
+          const words = "target=2 hostile blk=write,0,64,7 blk=verify,0,64,7"
+          const lines = yield* runGuest(config(words, { cpus, blockDevices: [disk] })).pipe(
+            Effect.provide(Logger.layer([]))
+          )
+          outcomesOf(lines, "recovered, other device works")
+          assert.include(lines, "blk verify 64 sectors ok")
         })
     )
 
