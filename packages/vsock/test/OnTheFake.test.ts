@@ -1,0 +1,119 @@
+/** The socket device in whole machines on the fake hypervisor. */
+import { assert, describe, it } from "@effect/vitest"
+import type { DeviceCatalog } from "@troupe/core/DeviceCatalog"
+import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
+import { type HostVsockAcceptor, type HostVsockEndpoint, VsockError } from "@troupe/core/HostVsockEndpoint"
+import { FakeHypervisor, GuestAcpi, GuestProgram } from "@troupe/core/testing"
+import { startVsock, type VsockDriver, VsockStream } from "@troupe/core/testing/drivers/VsockDriver"
+import type { GuestCpu, GuestRoutine } from "@troupe/core/testing/GuestCpu"
+import { EntropySource, layer as layerDevices } from "@troupe/devices"
+import * as Effect from "effect/Effect"
+import * as Fiber from "effect/Fiber"
+import * as Layer from "effect/Layer"
+import type * as Scope from "effect/Scope"
+import * as Stream from "effect/Stream"
+import { layerVsock, VsockManager } from "../src/index.ts"
+
+const catalog: Layer.Layer<DeviceCatalog> = layerVsock.pipe(
+  Layer.provide(VsockManager.layer),
+  Layer.provide(layerDevices),
+  Layer.provide(EntropySource.layerRandom)
+)
+const layerHost = GuestLifecycle.layer.pipe(Layer.provideMerge(Layer.merge(FakeHypervisor.layer(), catalog)))
+
+/** A guest that does this with its socket device, and powers off. */
+const guestOf = (work: (cpu: GuestCpu, vsock: VsockDriver) => GuestRoutine) =>
+  GuestProgram.make(function*(cpu) {
+    const place = GuestAcpi.find(cpu).virtioMmio[0]
+    if (place === undefined) throw new Error("the machine has no virtio device")
+    const vsock = yield* startVsock(cpu, place, { memoryAddress: 0x18_0000 })
+    yield* work(cpu, vsock)
+    yield* GuestAcpi.powerOff(cpu)
+  })
+
+/** Runs the guest with the host's part beside it. */
+const run = <A, E>(
+  program: GuestProgram.GuestProgram,
+  host: (endpoint: HostVsockEndpoint["Service"]) => Effect.Effect<A, E, Scope.Scope>,
+  listeners: ReadonlyArray<{ readonly port: number; readonly acceptor?: HostVsockAcceptor }> = []
+) =>
+  Effect.gen(function*() {
+    const lifecycle = yield* GuestLifecycle
+    yield* lifecycle.create({
+      kernelType: "LINUX",
+      kernel: GuestProgram.kernel(program),
+      cpus: 1,
+      guestMemory: "2M",
+      virtioVsock: true,
+      vsockListeners: listeners
+    })
+    const endpoint = yield* (yield* lifecycle.bind).getHostVsockEndpoint
+    const fiber = yield* Effect.forkChild(Effect.scoped(host(endpoint)), { startImmediately: true })
+    const stop = yield* lifecycle.run
+    const result = yield* Fiber.join(fiber)
+    const fake = yield* FakeHypervisor.FakeHypervisor
+    assert.deepStrictEqual(yield* fake.violations, [])
+    assert.deepStrictEqual(yield* fake.openResources, [])
+    return { stop, result }
+  }).pipe(Effect.provide(layerHost))
+
+const bytesOf = (length: number, seed: number) => Uint8Array.from({ length }, (_, index) => (index * 31 + seed) & 0xff)
+
+const joined = (chunks: Iterable<Uint8Array>) => Uint8Array.from([...chunks].flatMap((chunk) => [...chunk]))
+
+describe("A guest", () => {
+  it.effect("has an echo service on the host", () =>
+    Effect.gen(function*() {
+      const sent = bytesOf(200_000, 1)
+      const got: Array<Uint8Array> = []
+      const program = guestOf(function*(cpu, vsock) {
+        assert.strictEqual(vsock.cid, 3)
+        const stream = yield* VsockStream.connect(cpu, vsock, 1024, 7)
+        if (stream === undefined) throw new Error("refused")
+        for (let at = 0; at < sent.length; at += 40_000) {
+          const part = sent.subarray(at, at + 40_000)
+          yield* stream.write(cpu, part)
+          for (let left = part.length; left > 0;) {
+            const bytes = yield* stream.read(cpu)
+            if (bytes === undefined) throw new Error("ended")
+            got.push(bytes)
+            left -= bytes.length
+          }
+        }
+        yield* stream.close(cpu)
+      })
+      yield* run(program, () => Effect.void, [{
+        port: 7,
+        acceptor: () => Effect.succeed((socket) => Stream.runForEach(socket.input, (bytes) => socket.write(bytes)))
+      }])
+      assert.deepStrictEqual(joined(got), sent)
+    }))
+
+  it.effect("is connected to by the host, which may begin before there is a driver", () =>
+    Effect.gen(function*() {
+      const program = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.accept(cpu, vsock, 80)
+        const question = yield* stream.read(cpu)
+        if (question !== undefined) yield* stream.write(cpu, question.toReversed())
+        while ((yield* stream.read(cpu)) !== undefined);
+      })
+      const { result } = yield* run(program, (endpoint) =>
+        Effect.gen(function*() {
+          const socket = yield* endpoint.connect2(80)
+          yield* socket.write(bytesOf(5, 0))
+          return yield* socket.read
+        }))
+      assert.deepStrictEqual(result, bytesOf(5, 0).toReversed())
+    }))
+
+  it.effect("refuses the host's connection, and the host hears why", () =>
+    Effect.gen(function*() {
+      const program = guestOf(function*(cpu, vsock) {
+        const request = yield* vsock.receive(cpu)
+        yield* vsock.send(cpu, { op: 3, srcPort: request.dstPort, dstPort: request.srcPort })
+      })
+      const { result } = yield* run(program, (endpoint) => Effect.flip(endpoint.connect2(81)))
+      assert.instanceOf(result, VsockError)
+      assert.deepInclude(result, { status: "CONNECTION_REFUSED", guestPort: 81 })
+    }))
+})
