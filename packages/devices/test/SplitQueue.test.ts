@@ -1,6 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
-import { type DriverBuffer, INDIRECT_ENTRIES, SplitQueueDriver } from "@troupe/core/testing/drivers/SplitQueueDriver"
+import { type DriverBuffer, SplitQueueDriver } from "@troupe/core/testing/drivers/SplitQueueDriver"
 import * as fc from "fast-check"
 import { DescriptorChain } from "../src/virtio/DescriptorChain.ts"
 import { availableRingSize, SplitQueue, usedRingSize } from "../src/virtio/SplitQueue.ts"
@@ -257,130 +257,6 @@ describe("SplitQueue", () => {
     assert.isFalse(queue.take(chain))
     assert.isUndefined(queue.fault)
     assert.strictEqual(queue.inFlight, size)
-  })
-})
-
-describe("A correct driver", () => {
-  const command = fc.oneof(
-    {
-      weight: 4,
-      arbitrary: fc.record({
-        kind: fc.constant("add" as const),
-        readable: fc.array(fc.integer({ min: 1, max: 300 }), { maxLength: 4 }),
-        writable: fc.array(fc.integer({ min: 1, max: 300 }), { maxLength: 4 }),
-        indirect: fc.boolean()
-      })
-    },
-    { weight: 2, arbitrary: fc.record({ kind: fc.constant("publish" as const) }) },
-    {
-      weight: 2,
-      arbitrary: fc.record({
-        kind: fc.constant("serve" as const),
-        budget: fc.integer({ min: 1, max: 6 }),
-        race: fc.boolean()
-      })
-    },
-    { weight: 2, arbitrary: fc.record({ kind: fc.constant("finish" as const), order: fc.nat(100) }) },
-    { weight: 2, arbitrary: fc.record({ kind: fc.constant("poll" as const) }) }
-  )
-
-  /**
-   * The device works only when it was notified or had said that there is more, the driver polls only when it was interrupted or
-   * found more on asking: what a real pair does. At the end nothing may wait.
-   */
-  it("has every chain completed exactly once, with no notification and no interrupt lost", () => {
-    fc.assert(
-      fc.property(
-        fc.array(command, { maxLength: 80, size: "max" }),
-        fc.boolean(),
-        fc.boolean(),
-        fc.constantFrom(1, 2, 4, 16),
-        (commands, eventIndex, indirect, size) => {
-          const { driver, memory, queue } = pair({ eventIndex, indirect, size })
-          const expected = new Map<number, { readonly contents: Uint8Array; readonly room: number }>()
-          const working: Array<DescriptorChain> = []
-          const wake = { device: false, driver: false }
-          let served = 0
-          let finished = 0
-          let polled = 0
-          let added = 0
-
-          /** With `race`, the driver publishes between the device's last look and its wish to be notified. */
-          const serve = (budget: number, race: boolean) => {
-            if (!wake.device) return
-            queue.suppressNotifications()
-            for (let i = 0; i < budget; i++) {
-              const chain = new DescriptorChain(size)
-              if (!queue.take(chain)) {
-                const notified = race && driver.publish()
-                wake.device = queue.resumeNotifications() || notified
-                return
-              }
-              served++
-              const contents = new Uint8Array(chain.readableBytes)
-              chain.read(0, contents)
-              assert.deepStrictEqual(contents, expected.get(chain.head)?.contents)
-              assert.strictEqual(chain.writableBytes, expected.get(chain.head)?.room)
-              working.push(chain)
-            }
-          }
-          const finish = (order: number) => {
-            const [chain] = working.splice(order % Math.max(1, working.length), 1)
-            if (chain === undefined) return
-            finished++
-            queue.complete(chain, order % (chain.writableBytes + 1))
-            if (queue.publish()) wake.driver = true
-          }
-          const poll = () => {
-            if (!wake.driver) return
-            wake.driver = false
-            driver.disableInterrupts()
-            for (;;) {
-              const used = driver.poll()
-              if (used !== undefined) {
-                polled++
-                expected.delete(used.head)
-              } else if (!driver.enableInterrupts()) break
-            }
-          }
-          driver.enableInterrupts()
-          for (const step of commands) {
-            if (step.kind === "add") {
-              const lengths = [...step.readable, ...step.writable]
-              if (lengths.length === 0 || lengths.length > Math.min(size, INDIRECT_ENTRIES)) continue
-              let address = DATA_ADDRESS + (added % 64) * 0x1000
-              const contents: Array<number> = []
-              const buffers = lengths.map((length, index) => {
-                const writable = index >= step.readable.length
-                const bytes = Uint8Array.from({ length }, (_, i) => (added + index + i) & 0xff)
-                if (!writable) {
-                  memory.write(address, bytes)
-                  contents.push(...bytes)
-                }
-                address += length
-                return buffer(address - length, length, writable)
-              })
-              const head = driver.add(buffers, step.indirect)
-              if (head === undefined) continue
-              added++
-              const room = step.writable.reduce((sum, length) => sum + length, 0)
-              expected.set(head, { contents: Uint8Array.from(contents), room })
-            } else if (step.kind === "publish") {
-              if (driver.publish()) wake.device = true
-            } else if (step.kind === "serve") serve(step.budget, step.race)
-            else if (step.kind === "finish") finish(step.order)
-            else poll()
-            assert.isUndefined(queue.fault)
-          }
-          if (driver.publish()) wake.device = true
-          for (let turn = 0; turn < 1000 && wake.device; turn++) serve(3, false)
-          while (working.length > 0) finish(working.length * 7)
-          poll()
-          assert.deepStrictEqual([served, finished, polled, expected.size], [added, added, added, 0])
-        }
-      ),
-      { numRuns: 1000 }
-    )
   })
 })
 

@@ -7,8 +7,10 @@ import {
   VIRTIO_F_EVENT_IDX,
   VIRTIO_F_IN_ORDER,
   VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_RING_PACKED,
   VIRTIO_F_VERSION_1
 } from "./Features.ts"
+import { PackedQueue } from "./PackedQueue.ts"
 import { SplitQueue } from "./SplitQueue.ts"
 import type { Virtqueue } from "./Virtqueue.ts"
 
@@ -36,13 +38,28 @@ export interface VirtqueueSetup {
 }
 
 /** The queue of this set-up, or `undefined` when its size, an alignment or a place in memory is wrong. */
-export const makeVirtqueue = (memory: GuestMemory, setup: VirtqueueSetup): Virtqueue | undefined =>
-  SplitQueue.make(memory, {
-    size: setup.size,
-    descriptorTable: setup.descriptorArea,
-    availableRing: setup.driverArea,
-    usedRing: setup.deviceArea,
-    indirect: hasFeature(setup.features, VIRTIO_F_INDIRECT_DESC),
-    eventIndex: hasFeature(setup.features, VIRTIO_F_EVENT_IDX),
-    inOrder: hasFeature(setup.features, VIRTIO_F_IN_ORDER)
-  })
+export const makeVirtqueue = (memory: GuestMemory, setup: VirtqueueSetup): Virtqueue | undefined => {
+  const { descriptorArea, deviceArea, driverArea, features, size } = setup
+  const indirect = hasFeature(features, VIRTIO_F_INDIRECT_DESC)
+  const eventIndex = hasFeature(features, VIRTIO_F_EVENT_IDX)
+  const inOrder = hasFeature(features, VIRTIO_F_IN_ORDER)
+  return hasFeature(features, VIRTIO_F_RING_PACKED)
+    ? PackedQueue.make(memory, {
+      size,
+      descriptorRing: descriptorArea,
+      driverEvents: driverArea,
+      deviceEvents: deviceArea,
+      indirect,
+      eventIndex,
+      inOrder
+    })
+    : SplitQueue.make(memory, {
+      size,
+      descriptorTable: descriptorArea,
+      availableRing: driverArea,
+      usedRing: deviceArea,
+      indirect,
+      eventIndex,
+      inOrder
+    })
+}

@@ -12,7 +12,7 @@ export type QueueFaultKind =
   | "head-index"
   /** The head of a chain is that of another one, which the device still has. */
   | "head-in-flight"
-  /** `next` leaves its table. */
+  /** The chain goes on outside its table, or where nothing is available. */
   | "next-index"
   /** More descriptors than the queue has entries, which is also what a loop looks like. */
   | "chain-length"

@@ -5,6 +5,7 @@
  * room for throws and so ends the test. It needs guest memory only, no vCPU.
  */
 import type { GuestMemory, MemoryRegion } from "../../GuestMemory.ts"
+import type { DriverBuffer, QueueDriver, UsedChain } from "./QueueDriver.ts"
 
 const DESC_F_NEXT = 1
 const DESC_F_WRITE = 2
@@ -17,23 +18,7 @@ const INDEX_MASK = 0xffff
 /** Entries of the indirect table that each descriptor has. */
 export const INDIRECT_ENTRIES = 16
 
-/** A buffer of a chain. */
-export interface DriverBuffer {
-  /** Guest physical address. */
-  readonly address: number
-  /** Length in bytes. */
-  readonly length: number
-  /** Whether the device writes it. Buffers that it reads come first. */
-  readonly writable: boolean
-}
-
-/** A chain that the device has used. */
-export interface UsedChain {
-  /** What {@link SplitQueueDriver.add} returned. */
-  readonly head: number
-  /** How many bytes the device says that it has written. */
-  readonly written: number
-}
+export type { DriverBuffer, UsedChain } from "./QueueDriver.ts"
 
 /** Where a queue lies, and what was negotiated. */
 export interface SplitQueueOptions {
@@ -59,7 +44,7 @@ const layout = (address: number, size: number) => {
 export const splitQueueMemory = (size: number): number => layout(0, size).end
 
 /** One queue of a driver. */
-export class SplitQueueDriver {
+export class SplitQueueDriver implements QueueDriver {
   readonly size: number
   readonly indirect: boolean
   readonly eventIndex: boolean
@@ -97,6 +82,11 @@ export class SplitQueueDriver {
   /** The number of chains that the device has. */
   get inFlight(): number {
     return this.#given.size
+  }
+
+  /** Where the queue's three areas are. */
+  get areas() {
+    return { descriptor: this.descriptorTable, driver: this.availableRing, device: this.usedRing }
   }
 
   /**
