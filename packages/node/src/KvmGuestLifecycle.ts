@@ -13,6 +13,7 @@ import type { DeviceCatalog } from "@troupe/core/DeviceCatalog"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
 import type { Hypervisor, HypervisorError } from "@troupe/core/Hypervisor"
 import { EntropySource, layer as layerDevices } from "@troupe/devices"
+import { layerVsock, VsockManager } from "@troupe/vsock"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import * as Schema from "effect/Schema"
@@ -52,8 +53,14 @@ export const layerEntropySource: Layer.Layer<EntropySource> = Layer.succeed(Entr
   }
 })
 
-/** All devices, fed by this host. */
-export const layerCatalog: Layer.Layer<DeviceCatalog> = layerDevices.pipe(Layer.provide(layerEntropySource))
+/** All devices, fed by this host; its guests are those of the manager, which may be that of other machines too. */
+export const layerCatalogManaged: Layer.Layer<DeviceCatalog, never, VsockManager> = layerVsock.pipe(
+  Layer.provide(layerDevices),
+  Layer.provide(layerEntropySource)
+)
+
+/** All devices, fed by this host; guests reach the host, and not each other. */
+export const layerCatalog: Layer.Layer<DeviceCatalog> = layerCatalogManaged.pipe(Layer.provide(VsockManager.layer))
 
 const isHideable = (feature: string): feature is keyof typeof cpuidFeature => feature in cpuidFeature
 
