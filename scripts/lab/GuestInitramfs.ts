@@ -14,6 +14,19 @@ export const REPORT = "TROUPE "
 /** Modules for virtio-mmio with the entropy device, and for a device that tells the host of a panic. */
 export const GUEST_MODULES: ReadonlyArray<string> = ["virtio_mmio", "virtio_rng", "pvpanic_mmio"]
 
+/** The modules for all virtio devices on both transports; the file systems and network protocols are in Debian's kernel itself. */
+export const DEVICE_MODULES: ReadonlyArray<string> = [
+  "virtio_mmio",
+  "virtio_pci",
+  "virtio_rng",
+  "virtio_console",
+  "virtio_balloon",
+  "virtio_mem",
+  "virtio_blk",
+  "virtio_net",
+  "vmw_vsock_virtio_transport"
+]
+
 // No waits anywhere: everything the guest's time is spent on is the kernel's or busybox's own work.
 const INIT = `#!/bin/busybox sh
 # The first line is what measurements take for the end of the kernel's boot, so it comes before everything else.

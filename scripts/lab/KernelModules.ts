@@ -18,6 +18,8 @@ const nameOfFile = (file: string): string => canonical(basename(file).replace(/\
 /** The modules below one `lib/modules/RELEASE` folder. */
 export class KernelModules {
   readonly folder: string
+  /** The list of what is built in, one path a line. */
+  readonly builtin: string
   readonly #paths: ReadonlyMap<string, string>
   readonly #builtin: ReadonlySet<string>
   readonly #busybox: string
@@ -25,12 +27,13 @@ export class KernelModules {
   private constructor(
     folder: string,
     paths: ReadonlyMap<string, string>,
-    builtin: ReadonlySet<string>,
+    builtin: string,
     busybox: string
   ) {
     this.folder = folder
+    this.builtin = builtin
     this.#paths = paths
-    this.#builtin = builtin
+    this.#builtin = new Set(builtin.split("\n").filter(Boolean).map(nameOfFile))
     this.#busybox = busybox
   }
 
@@ -41,7 +44,7 @@ export class KernelModules {
       if (/\.ko(\.xz)?$/.test(file)) paths.set(nameOfFile(file), join(folder, file))
     }
     const builtin = await readFile(join(folder, "modules.builtin"), "utf8").catch(() => "")
-    return new KernelModules(folder, paths, new Set(builtin.split("\n").filter(Boolean).map(nameOfFile)), busybox)
+    return new KernelModules(folder, paths, builtin, busybox)
   }
 
   /** Whether the kernel has this module, as a file or built in. */

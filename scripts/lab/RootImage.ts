@@ -6,7 +6,7 @@ import { basename, dirname, join } from "node:path"
 import { cachePath, cloneRoot, once } from "./Cache.ts"
 import { dependencyFolders, isRuntimeFile } from "./Checkout.ts"
 import { run, runOk } from "./Command.ts"
-import { buildGuestInitramfs } from "./GuestInitramfs.ts"
+import { buildGuestInitramfs, DEVICE_MODULES } from "./GuestInitramfs.ts"
 import type { LinuxKernel } from "./LinuxKernel.ts"
 import type { Progress } from "./Progress.ts"
 import { EMULATOR, firmwareFolders } from "./Requirements.ts"
@@ -18,11 +18,14 @@ export const labPaths = {
   initrd: "/lab/guest.cpio.gz",
   /** The clone's sources, writable, gone after the run. */
   repository: "/repo",
-  node: "/usr/bin/node"
+  node: "/usr/bin/node",
+  busybox: "/bin/busybox",
+  /** The modules of all virtio devices, uncompressed. */
+  modules: "/lab/modules"
 } as const
 
 /** Raised when the layout of the image changes, so that older ones are built anew. */
-const LAYOUT = 4
+const LAYOUT = 5
 
 /** The firmware of QEMU's microvm and q35 machines with a kernel given. */
 const FIRMWARE = ["bios-microvm.bin", "qboot.rom", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin"]
@@ -61,6 +64,11 @@ const stage = async (root: string, kernel: LinuxKernel, initrd: Buffer): Promise
   await copyTo(root, kernel.bzImage, labPaths.bzImage)
   await copyTo(root, kernel.vmlinux, labPaths.vmlinux)
   await writeFile(join(root, labPaths.initrd), initrd)
+  await mkdir(join(root, labPaths.modules))
+  await writeFile(join(root, labPaths.modules, "modules.builtin"), kernel.modules?.builtin ?? "")
+  for (const { data, name } of await kernel.modules?.load(DEVICE_MODULES) ?? []) {
+    await writeFile(join(root, labPaths.modules, `${name}.ko`), data)
+  }
   for (const folder of await dependencyFolders()) {
     await cp(join(cloneRoot, folder), join(root, "deps", folder), {
       recursive: true,
@@ -92,6 +100,7 @@ const keyOf = async (kernel: LinuxKernel, initrd: Buffer): Promise<string> => {
   // The ELF kernel's name has a digest of the bzImage in it.
   hash.update(`${LAYOUT} ${process.version} ${basename(kernel.vmlinux)}`)
   hash.update(initrd)
+  hash.update(DEVICE_MODULES.join())
   hash.update(await readFile(join(cloneRoot, "pnpm-lock.yaml")))
   const emulator = await stat(await commandPath(EMULATOR))
   hash.update(`${emulator.size} ${emulator.mtimeMs}`)
