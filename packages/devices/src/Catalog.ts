@@ -7,6 +7,7 @@ import { layerEntropy } from "./Entropy.ts"
 import type { EntropySource } from "./EntropySource.ts"
 import { layerMem } from "./Mem.ts"
 import { layerNet } from "./Net.ts"
+import { layerPci } from "./pci/PciHostBridge.ts"
 import { layerPower } from "./Power.ts"
 import { layerSerial } from "./Serial.ts"
 
@@ -16,6 +17,7 @@ export const layer: Layer.Layer<DeviceCatalog, never, EntropySource> = layerEntr
   Layer.provide(layerBalloon),
   Layer.provide(layerBlock),
   Layer.provide(layerMem),
+  Layer.provide(layerPci),
   Layer.provide(layerPower),
   Layer.provide(layerSerial),
   Layer.provide(DeviceCatalog.layerEmpty)

@@ -235,7 +235,14 @@ export class TransportState {
     return more && this.#live
   }
 
-  /** Notifies the queues of a driver that has just become ready. Returns `true` to be called again, later. */
+  /** Has a queue notified soon, by {@link look}. */
+  lookAt(queue: number): void {
+    if (queue >= this.#toLook.length) return
+    this.#toLook[queue] = 1
+    this.#ports.signal(SIGNAL_LOOK)
+  }
+
+  /** Notifies the queues of {@link lookAt}, or all of a driver that has just become ready. Returns `true` to be called again, later. */
   look(): boolean {
     let more = false
     for (let queue = 0; queue < this.#toLook.length; queue++) {
