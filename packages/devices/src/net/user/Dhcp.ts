@@ -141,4 +141,3 @@ export const dhcpU16 = (value: number): Uint8Array => {
   putU16(bytes, 0, value)
   return bytes
 }
-

@@ -21,7 +21,8 @@ export const DHCP_LEASE_TIME = 86_400
 /** The most bytes of a name in an option. */
 const NAME_MAX = 255
 
-const text = (value: string): Uint8Array => Uint8Array.from(value.slice(0, NAME_MAX), (character) => character.charCodeAt(0))
+const text = (value: string): Uint8Array =>
+  Uint8Array.from(value.slice(0, NAME_MAX), (character) => character.charCodeAt(0))
 
 const configuration = (plan: UserNetPlan): DhcpReply["options"] => [
   [DhcpOption.SUBNET_MASK, ipv4Mask(plan.subnet.prefix)],

@@ -35,16 +35,16 @@ export class Ipv4Header {
   end = 0
 
   /**
-   * Reads and checks the header at `from`. Returns whether there is a whole packet. Bytes behind the packet, such as the
-   * padding of short frames, are allowed.
+   * Reads and checks the header at `from`, of which `bytes` may have only the beginning: those before `to`. The whole frame ends at
+   * `end`. Returns whether there is a whole packet. Bytes behind the packet, such as the padding of short frames, are allowed.
    */
-  read(bytes: Uint8Array, from: number): boolean {
-    const room = bytes.length - from
-    if (room < IPV4_HEADER) return false
+  read(bytes: Uint8Array, from: number, to: number, end = to): boolean {
+    if (to - from < IPV4_HEADER) return false
     const first = bytes[from] ?? 0
     const headerLength = (first & 0xf) * 4
     const total = getU16(bytes, from + 2)
-    if (first >>> 4 !== 4 || headerLength < IPV4_HEADER || total < headerLength || total > room) return false
+    if (first >>> 4 !== 4 || headerLength < IPV4_HEADER || headerLength > to - from) return false
+    if (total < headerLength || total > end - from) return false
     if (!isWhole(0, bytes, from, from + headerLength)) return false
     this.identification = getU16(bytes, from + 4)
     this.fragment = getU16(bytes, from + 6)

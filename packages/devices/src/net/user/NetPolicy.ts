@@ -55,7 +55,14 @@ const blocks = (texts: ReadonlyArray<string>): ReadonlyArray<Ipv4Block> =>
 /** This host, "this network", link-local (where clouds have their metadata), multicast, reserved, broadcast (RFC 6890). */
 const NOT_THE_NETWORK = blocks(["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"])
 /** Private networks, carrier-grade NAT, protocol assignments, benchmarking (RFC 6890). */
-const NOT_PUBLIC = blocks(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "192.0.0.0/24", "198.18.0.0/15"])
+const NOT_PUBLIC = blocks([
+  "10.0.0.0/8",
+  "172.16.0.0/12",
+  "192.168.0.0/16",
+  "100.64.0.0/10",
+  "192.0.0.0/24",
+  "198.18.0.0/15"
+])
 
 const isIn = (list: ReadonlyArray<Ipv4Block>, connection: NetConnection): boolean => {
   const address = parseIpv4(connection.destination.address)

@@ -1,8 +1,8 @@
 /**
  * The wire between a guest and its user-mode network: who is at its ends, and the frames that wait for the guest.
  */
-import { FRAME_NEEDS_CHECKSUM, GSO_TCPV4, type NetFrame } from "@troupe/core/NetFrame"
 import { Offload } from "@troupe/core/NetBackend"
+import { FRAME_NEEDS_CHECKSUM, GSO_TCPV4, type NetFrame } from "@troupe/core/NetFrame"
 import { addToSum, checksumOf, foldSum } from "./Checksum.ts"
 import { ETHERNET_HEADER, ETHERTYPE_IPV4, type MacAddress, writeEthernet } from "./Ethernet.ts"
 import { encodeUnreachable, ICMP_ERROR_MAX } from "./Icmp.ts"
@@ -133,7 +133,14 @@ export class UserLink {
     for (let from = 0; from < length; from += step) {
       const size = Math.min(step, length - from)
       const piece = new Uint8Array(TRANSPORT + size)
-      this.#writeIp(piece, ends, PROTOCOL_UDP, size, identification, (from >>> 3) | (from + size < length ? IPV4_MORE_FRAGMENTS : 0))
+      this.#writeIp(
+        piece,
+        ends,
+        PROTOCOL_UDP,
+        size,
+        identification,
+        (from >>> 3) | (from + size < length ? IPV4_MORE_FRAGMENTS : 0)
+      )
       piece.set(bytes.subarray(TRANSPORT + from, TRANSPORT + from + size), TRANSPORT)
       // A datagram of which a piece is lost is lost.
       if (!this.outbox.push(piece)) return
@@ -198,4 +205,3 @@ export class UserLink {
     return this.#identification
   }
 }
-

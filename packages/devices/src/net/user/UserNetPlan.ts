@@ -76,7 +76,9 @@ export const planUserNet = (options: UserNetOptions): Result.Result<UserNetPlan,
   if (!isCount(udpFlows, 1, 65_536)) return Result.fail("udpFlows is not from 1 to 65536")
   if (!isCount(tcpBuffer, 0x1000, 0x100_0000)) return Result.fail("tcpBuffer is not from 4 KiB to 16 MiB")
   for (const forward of options.forwards ?? []) {
-    if (!isCount(forward.guestPort, 1, 65_535)) return Result.fail(`there is no port ${forward.guestPort} to forward to`)
+    if (!isCount(forward.guestPort, 1, 65_535)) {
+      return Result.fail(`there is no port ${forward.guestPort} to forward to`)
+    }
     if (!isCount(forward.host.port, 0, 65_535)) return Result.fail(`there is no port ${forward.host.port} to listen on`)
   }
   const broadcast = (subnet.base | ~ipv4Mask(subnet.prefix)) >>> 0

@@ -34,6 +34,8 @@ class TcpFlow implements Ends, HostTcpEvents {
   /** The next flow that has something for the guest; the flow itself when it is the last. */
   nextReady: TcpFlow | undefined
   socket: HostTcp | undefined
+  /** Whether the policy has answered. */
+  decided = false
   /** Gives up the question to the policy. */
   giveUp: (() => void) | undefined
   /** When the socket is closed in any case, once the connection is over. */
@@ -135,12 +137,13 @@ export class UserTcp {
     const now = this.host.now()
     const flow = this.#add(ends, new TcpConnection(this.#limits, this.host.random32(), now))
     flow.socket = socket
-    flow.giveUp = this.host.decide({
+    const giveUp = this.host.decide({
       protocol: "tcp",
       direction: "incoming",
       source: from,
       destination: { address: formatIpv4(ends.guestAddress), port: guestPort }
     }, (decision) => {
+      flow.decided = true
       flow.giveUp = undefined
       if (!this.#all.has(flow) || flow.connection.isOver) return
       if (decision._tag === "allow") {
@@ -153,6 +156,7 @@ export class UserTcp {
       }
       this.changed(flow)
     })
+    if (!flow.decided) flow.giveUp = giveUp
     return flow
   }
 
@@ -225,7 +229,7 @@ export class UserTcp {
       this.#forget(flow)
       return
     }
-    if (flow.nextReady === undefined && connection.wants) this.#enqueue(flow)
+    if (flow.nextReady === undefined && flow.decided && connection.wants) this.#enqueue(flow)
     if (connection.deadline !== Number.POSITIVE_INFINITY) this.host.wakeAt(connection.deadline)
   }
 
@@ -264,11 +268,12 @@ export class UserTcp {
       ...(hostname === undefined ? {} : { hostname }),
       ...(isDns ? { service: "dns" as const } : {})
     }, (decision) => {
+      flow.decided = true
       flow.giveUp = undefined
       if (!this.#all.has(flow) || flow.connection.isOver) return
       this.#decided(flow, this.#route(decision, destination, isDns), decision._tag === "drop")
     })
-    if (flow.connection.state === TcpState.OPENING && flow.socket === undefined) flow.giveUp = giveUp
+    if (!flow.decided) flow.giveUp = giveUp
     this.changed(flow)
   }
 
