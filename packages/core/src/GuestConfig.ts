@@ -197,6 +197,8 @@ export const GuestConfig = Schema.Struct({
   virtioMemRegionAlignment: Schema.optionalKey(Bytes),
   /** How the guest finds and drives its virtio devices. Default: `mmio`. */
   virtioTransport: VirtioTransport.pipe(Schema.withDecodingDefaultKey(Effect.succeed("mmio"))),
+  /** Offer packed virtqueues (VIRTIO_F_RING_PACKED) as well; a driver that knows them takes them. Default: off. */
+  virtioPackedRing: off,
   /** Which entry of a kernel that has several is used. Default: `auto` (PVH for an ELF file that has it). */
   bootProtocol: Schema.Literals(["auto", "linux64", "pvh"]).pipe(Schema.withDecodingDefaultKey(Effect.succeed("auto")))
 })

@@ -40,6 +40,7 @@ describe("GuestConfig", () => {
       vsockListeners: [],
       virtioMem: false,
       virtioTransport: "mmio",
+      virtioPackedRing: false,
       bootProtocol: "auto"
     }
     assert.deepStrictEqual<unknown>(decoded(minimal), expected)

@@ -376,7 +376,7 @@ export const layerBalloon: Layer.Layer<DeviceCatalog, never, DeviceCatalog> = De
       if (!config.virtioBalloon) return []
       const bytes = config.guestMemory + (config.virtioMem ? config.virtioMemRegionSize ?? 0 : 0)
       const balloon = yield* makeBalloon(bytes / BALLOON_PAGE_SIZE)
-      return [virtioOn(config.virtioTransport, balloon.device, {
+      return [virtioOn(config, balloon.device, {
         name: "balloon0",
         policy: balloonPolicy,
         services: Context.make(BalloonController, balloon.controller)

@@ -59,7 +59,7 @@ const makeDevices = Effect.fnUntraced(
       statistics: () => disks.map((disk) => disk.statistics())
     })
     return disks.map(({ device }, index) =>
-      virtioOn(config.virtioTransport, device, {
+      virtioOn(config, device, {
         name: `block${index}`,
         // One service for all disks: the first one publishes it.
         ...(index === 0 ? { services } : {})

@@ -12,7 +12,7 @@ import type * as Layer from "effect/Layer"
 import { EntropySource } from "./EntropySource.ts"
 import { makeThrottle, Throttle } from "./Throttle.ts"
 import { DescriptorChain } from "./virtio/DescriptorChain.ts"
-import { makeFeatures } from "./virtio/Features.ts"
+import { makeFeatures, VIRTIO_F_IN_ORDER } from "./virtio/Features.ts"
 import type { VirtioBehaviour, VirtioContext, VirtioDevice } from "./virtio/VirtioDevice.ts"
 import { virtioOn } from "./virtio/VirtioTransport.ts"
 import type { Virtqueue } from "./virtio/Virtqueue.ts"
@@ -96,7 +96,7 @@ export const entropy = (
   throttle: Throttle = new Throttle(undefined, () => 0)
 ): VirtioDevice => ({
   deviceId: VIRTIO_ID_ENTROPY,
-  features: makeFeatures(),
+  features: makeFeatures(VIRTIO_F_IN_ORDER),
   queueSizes: [ENTROPY_QUEUE_SIZE],
   config: new Uint8Array(0),
   start: (context) => Effect.sync(() => makeBehaviour(source, throttle, context))
@@ -109,7 +109,7 @@ export const layerEntropy: Layer.Layer<DeviceCatalog, never, DeviceCatalog | Ent
     devices: (config) =>
       Effect.map(makeThrottle(config.entropyRateLimit), (throttle) =>
         config.virtioRng
-          ? [virtioOn(config.virtioTransport, entropy(source, throttle), { name: "rng0", policy: entropyPolicy })]
+          ? [virtioOn(config, entropy(source, throttle), { name: "rng0", policy: entropyPolicy })]
           : [])
   }))
 )

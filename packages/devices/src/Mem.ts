@@ -356,7 +356,7 @@ export const layerMem: Layer.Layer<DeviceCatalog, never, DeviceCatalog> = Device
       const { virtioMemBlockSize: blockSize, virtioMemRegionSize: size } = config
       if (!config.virtioMem || blockSize === undefined || size === undefined) return []
       const mem = yield* makeMem(blockSize, size)
-      return [virtioOn(config.virtioTransport, mem.device, {
+      return [virtioOn(config, mem.device, {
         name: "mem0",
         policy: memPolicy,
         services: Context.make(MemController, mem.controller),

@@ -48,7 +48,7 @@ export const layerNet: Layer.Layer<DeviceCatalog, never, DeviceCatalog> = Device
       }
       const interfaces = Context.make(NetInterfaces, { interfaces: lines.map((line) => line.interface) })
       return lines.map((line, index) =>
-        virtioOn(config.virtioTransport, virtioNet(line), {
+        virtioOn(config, virtioNet(line), {
           name: line.name,
           policy: netPolicy,
           // One service for all of them.

@@ -23,7 +23,7 @@ export const layerVsock: Layer.Layer<DeviceCatalog, never, DeviceCatalog | Vsock
         (error) => new DeviceFailure({ device: NAME, detail: error.message })
       )
       return [
-        virtioOn(config.virtioTransport, vsockDevice(deviceHost), {
+        virtioOn(config, vsockDevice(deviceHost), {
           name: NAME,
           services: Context.make(HostVsockEndpoint, service)
         })

@@ -1,6 +1,7 @@
-/** Which transport a virtio device is reached through. */
+/** How the virtio devices of a machine are reached: which transport, and which formats of queues. */
 import type { Device } from "@troupe/core/Device"
-import type { VirtioTransport } from "@troupe/core/GuestConfig"
+import type { GuestConfig } from "@troupe/core/GuestConfig"
+import { makeFeatures, unionFeatures, VIRTIO_F_RING_PACKED } from "./Features.ts"
 import type { VirtioDevice } from "./VirtioDevice.ts"
 import { virtioMmio, type VirtioMmioOptions } from "./VirtioMmio.ts"
 import { virtioPci } from "./VirtioPci.ts"
@@ -8,6 +9,15 @@ import { virtioPci } from "./VirtioPci.ts"
 /** What a device may choose besides its own nature, whatever its transport. */
 export type VirtioOptions = VirtioMmioOptions
 
-/** A virtio device as a device of the machine, behind the transport that the configuration chooses. */
-export const virtioOn = (transport: VirtioTransport, device: VirtioDevice, options: VirtioOptions): Device =>
-  transport === "pci" ? virtioPci(device, options) : virtioMmio(device, options)
+/** What the configuration of a machine says about all of its virtio devices. */
+export type VirtioChoices = Pick<GuestConfig, "virtioTransport" | "virtioPackedRing">
+
+const PACKED = makeFeatures(VIRTIO_F_RING_PACKED)
+
+/** A virtio device as a device of the machine, behind the transport and with the queues that the configuration chooses. */
+export const virtioOn = (choices: VirtioChoices, device: VirtioDevice, options: VirtioOptions): Device => {
+  const offered = choices.virtioPackedRing
+    ? { ...device, features: unionFeatures(device.features, PACKED) }
+    : device
+  return choices.virtioTransport === "pci" ? virtioPci(offered, options) : virtioMmio(offered, options)
+}
