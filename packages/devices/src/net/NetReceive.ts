@@ -10,6 +10,7 @@ import type { Virtqueue } from "../virtio/Virtqueue.ts"
 import { NET_HEADER_SIZE, NetHeader } from "./NetLayout.ts"
 import { Drop, type NetLine } from "./NetLine.ts"
 import { NET_BYTES_PER_TURN, NET_FRAMES_PER_TURN } from "./NetTransmit.ts"
+import { offloadsOf } from "./Offloads.ts"
 import type { ReceiveFilter } from "./ReceiveFilter.ts"
 
 /** The most buffers of one receive chain. Linux uses 19 for a frame of 64 KiB. */
@@ -28,6 +29,8 @@ export class NetReceive {
   readonly #header = new Uint8Array(NET_HEADER_SIZE)
   readonly #headerView = new DataView(this.#header.buffer)
   readonly #destination = new Uint8Array(ETHERNET_HEADER_SIZE)
+  /** The offloads that the driver takes now, bits of `Offload`. */
+  offloads = 0
   #queue: Virtqueue | undefined
   #mergeable = false
   /** The chains that are held, in the order of the queue: a ring that grows to the size of the queue at most. */
@@ -45,8 +48,9 @@ export class NetReceive {
   }
 
   /** A driver is ready. */
-  start(queue: Virtqueue | undefined, mergeable: boolean): void {
+  start(queue: Virtqueue | undefined, mergeable: boolean, offloads: number): void {
     this.stop()
+    this.offloads = offloads
     this.#queue = queue
     this.#mergeable = mergeable
     const capacity = Math.min(queue?.size ?? 0, RECEIVE_BUFFERS_MAX)
@@ -103,6 +107,9 @@ export class NetReceive {
       bytes -= length
       if (length < ETHERNET_HEADER_SIZE) {
         line.drop(Drop.BAD_SIZE)
+      } else if ((offloadsOf(frame) & ~this.offloads) !== 0) {
+        // On its way before the driver said that it does not want such frames.
+        line.drop(Drop.BAD_HEADER)
       } else if (!this.#wanted()) {
         line.drop(Drop.FILTERED)
       } else {

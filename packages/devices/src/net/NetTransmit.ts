@@ -10,9 +10,6 @@ import {
   FRAME_NEEDS_CHECKSUM,
   FRAME_SIZE_MAX,
   GSO_NONE,
-  GSO_TCPV4,
-  GSO_TCPV6,
-  GSO_UDP_L4,
   NetFrame,
   VLAN_TAG_SIZE
 } from "@troupe/core/NetFrame"
@@ -20,6 +17,7 @@ import { DescriptorChain } from "../virtio/DescriptorChain.ts"
 import type { Virtqueue } from "../virtio/Virtqueue.ts"
 import { NET_HEADER_SIZE, NetHeader } from "./NetLayout.ts"
 import { Drop, type NetLine } from "./NetLine.ts"
+import { segmentationOf } from "./Offloads.ts"
 
 /** The most frames sent, or received, in one turn. */
 export const NET_FRAMES_PER_TURN = 128
@@ -30,16 +28,6 @@ export const NET_BYTES_PER_TURN = 0x10_0000
 const CHECKSUM_SIZE = 2
 /** The frame is all right. */
 const FINE = -1
-
-/** The offload that a GSO type of a header needs, or 0 for a type that nobody offers. */
-const offloadOf = (gsoType: number): number =>
-  gsoType === GSO_TCPV4
-    ? Offload.TSO4
-    : gsoType === GSO_TCPV6
-    ? Offload.TSO6
-    : gsoType === GSO_UDP_L4
-    ? Offload.USO
-    : 0
 
 /** The device's side of the transmit queue. */
 export class NetTransmit {
@@ -146,7 +134,7 @@ export class NetTransmit {
     }
     // A driver that leaves the segments to the device leaves their checksums to it too (section 5.1.6.2.1).
     const gsoSize = header.getUint16(NetHeader.GSO_SIZE, true)
-    if ((offloadOf(gsoType) & this.#offloads) === 0 || frame.flags === 0 || gsoSize === 0) return Drop.BAD_HEADER
+    if ((segmentationOf(gsoType) & this.#offloads) === 0 || frame.flags === 0 || gsoSize === 0) return Drop.BAD_HEADER
     const headerLength = header.getUint16(NetHeader.HDR_LEN, true)
     frame.gsoType = gsoType
     frame.gsoSize = gsoSize

@@ -4,18 +4,18 @@
  *
  * A frame is copied once, because its guest could change it between a check and a use, and segments are sent as pieces of that copy.
  */
-import { type NetPort, type NetPortListener, Offload, OFFLOADS_ALL } from "@troupe/core/NetBackend"
+import { type NetPort, type NetPortListener, OFFLOADS_ALL } from "@troupe/core/NetBackend"
 import {
   ETHERNET_HEADER_SIZE,
   FRAME_SIZE_MAX,
   GSO_NONE,
   GSO_TCPV4,
   GSO_TCPV6,
-  GSO_UDP_L4,
   NetFrame,
   VLAN_TAG_SIZE
 } from "@troupe/core/NetFrame"
 import { foldSum, sumBytes } from "./InternetChecksum.ts"
+import { offloadsOf } from "./Offloads.ts"
 
 /** The most segments of a frame. A guest that asks for smaller ones loses the frame: they would cost the host too much. */
 export const SEGMENTS_MAX = 1024
@@ -129,8 +129,8 @@ class SoftwareOffloads implements NetPort {
   send(frame: NetFrame): boolean {
     if (!this.#sendSegments()) return false
     if (frame.gsoType === GSO_NONE && frame.flags === 0) return this.#port.send(frame)
-    const native = frame.gsoType === GSO_NONE ? Offload.CHECKSUM : nativeOffload(frame.gsoType)
-    if ((native & this.#accepts) === native) return this.#port.send(frame)
+    const needed = offloadsOf(frame)
+    if ((needed & this.#accepts) === needed) return this.#port.send(frame)
     const size = frame.read(0, this.#bytes)
     if (frame.gsoType === GSO_NONE) return this.#sendWhole(frame, size)
     if (!this.#planSegments(frame, size)) return true
@@ -251,15 +251,6 @@ class SoftwareOffloads implements NetPort {
 }
 
 const complement = (sum: number): number => ~sum & 0xffff
-
-const nativeOffload = (gsoType: number): number =>
-  Offload.CHECKSUM | (gsoType === GSO_TCPV4
-    ? Offload.TSO4
-    : gsoType === GSO_TCPV6
-    ? Offload.TSO6
-    : gsoType === GSO_UDP_L4
-    ? Offload.USO
-    : 0)
 
 /** The port itself when it takes all offloads, otherwise one that does what it does not. */
 export const withSoftwareOffloads = (port: NetPort): NetPort =>

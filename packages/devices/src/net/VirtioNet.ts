@@ -101,7 +101,8 @@ const makeBehaviour = (line: NetLine, context: VirtioContext): VirtioBehaviour =
       }
       const wanted = { low, high }
       if ((low & ~allowed.low) !== 0 || (high & ~allowed.high) !== 0 || !accepts(wanted)) return false
-      line.port.allowOffloads(offloadsIn(wanted, RECEIVE_FEATURES))
+      receive.offloads = offloadsIn(wanted, RECEIVE_FEATURES)
+      line.port.allowOffloads(receive.offloads)
       return true
     }
   })
@@ -125,7 +126,7 @@ const makeBehaviour = (line: NetLine, context: VirtioContext): VirtioBehaviour =
       const receives = offloadsIn(features, RECEIVE_FEATURES)
       const commands = hasFeature(features, NetFeature.CTRL_VQ)
       line.port.allowOffloads(receives)
-      receive.start(queues[NetQueue.RECEIVE], hasFeature(features, NetFeature.MRG_RXBUF))
+      receive.start(queues[NetQueue.RECEIVE], hasFeature(features, NetFeature.MRG_RXBUF), receives)
       transmit.start(queues[NetQueue.TRANSMIT], sends)
       control.start(commands ? queues[NetQueue.CONTROL] : undefined, {
         rx: hasFeature(features, NetFeature.CTRL_RX),
