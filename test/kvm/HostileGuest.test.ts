@@ -124,7 +124,7 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("a hostile guest"), () => {
         const reports: Array<string> = []
         const logger = Logger.make(({ message }) => void reports.push(String(message)))
         const layer = GuestLifecycle.layer.pipe(
-          Layer.provide(DeviceDefects.layer(({ name }) => name === "rng0" ? rng : undefined)),
+          Layer.provide(DeviceDefects.layer((device) => device.name === "rng0" ? DeviceDefects.breaking(device, rng) : device)),
           Layer.provide(KvmGuestLifecycle.layerCatalog),
           Layer.provide(KvmGuestLifecycle.layerHypervisor())
         )

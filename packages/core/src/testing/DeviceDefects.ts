@@ -69,21 +69,14 @@ export const breaking = (device: Device, defects: DeviceDefects): Device => ({
     )
 })
 
-/** The catalog of the layer below, with the devices for which `choose` has a plan breaking by it. */
-export const layer = (
-  choose: (device: Device) => DeviceDefects | undefined
-): Layer.Layer<DeviceCatalog, never, DeviceCatalog> =>
+/** The catalog of the layer below, with each device replaced by what `change` makes of it. */
+export const layer = (change: (device: Device) => Device): Layer.Layer<DeviceCatalog, never, DeviceCatalog> =>
   Layer.effect(
     DeviceCatalog,
     Effect.map(DeviceCatalog, ({ factories }) => ({
       factories: factories.map((factory) => ({
         ...factory,
-        devices: (config) =>
-          Effect.map(factory.devices(config), (devices) =>
-            devices.map((device) => {
-              const defects = choose(device)
-              return defects === undefined ? device : breaking(device, defects)
-            }))
+        devices: (config) => Effect.map(factory.devices(config), (devices) => devices.map(change))
       }))
     }))
   )
