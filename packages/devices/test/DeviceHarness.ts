@@ -14,6 +14,8 @@ export const HARNESS_STEP = 0x10_0000
 export class DeviceHarness {
   readonly device: Device
   readonly memory: GuestMemory
+  /** Where its ranges are. */
+  readonly bases: ReadonlyArray<number>
   readonly backings: ReadonlyArray<RangeBacking>
   readonly stops: Array<GuestStop | GuestFailure> = []
   readonly interrupts: Array<number>
@@ -32,6 +34,7 @@ export class DeviceHarness {
     this.memory = memory
     this.interrupts = device.interrupts.map(() => 0)
     this.messages = Array.from({ length: device.messages ?? 0 })
+    this.bases = device.ranges.map((range, index) => range.base ?? HARNESS_BASE + index * HARNESS_STEP)
     this.backings = device.ranges.map((range) => ({
       shadow: range.read === "shadowed" ? new Int16Array(range.size).fill(SHADOW_INVALID) : undefined,
       page: range.read === "register-page" ? new DataView(new ArrayBuffer(range.size)) : undefined
@@ -43,7 +46,7 @@ export class DeviceHarness {
     const context: DeviceContext = {
       name: this.device.name,
       memory: this.memory,
-      bases: this.device.ranges.map((range, index) => range.base ?? HARNESS_BASE + index * HARNESS_STEP),
+      bases: this.bases,
       ranges: this.backings,
       interrupts: this.interrupts.map((_, index) => ({
         gsi: index,

@@ -1,6 +1,12 @@
 /** A vCPU for guest code on a device harness: every operation is done at once, and what waits for the device runs before. */
 import { openBusValue } from "@troupe/core/Bus"
-import type { AccessSize, GuestCpu, GuestOperation, GuestRoutine } from "@troupe/core/testing/GuestCpu"
+import {
+  type AccessSize,
+  type GuestCpu,
+  type GuestOperation,
+  type GuestRoutine,
+  messageInterrupt
+} from "@troupe/core/testing/GuestCpu"
 import type { DeviceHarness } from "./DeviceHarness.ts"
 
 /** Where the only memory-mapped range of the device is for the guest. */
@@ -16,15 +22,25 @@ const unsupported = (): never => {
 
 /** A vCPU whose memory and devices are those of the harness. Waiting for an interrupt that does not come throws. */
 export const harnessCpu = (harness: DeviceHarness): GuestCpu => {
-  const taken = harness.interrupts.map(() => 0)
-  const pending = (gsi: number) => (harness.interrupts[gsi] ?? 0) > (taken[gsi] ?? 0)
-  const acknowledge = (gsi: number) => {
-    const was = pending(gsi)
-    taken[gsi] = harness.interrupts[gsi] ?? 0
+  const taken = new Map<number, number>()
+  /** How often a line was raised, or a message with this vector was sent. */
+  const raised = (number: number): number =>
+    harness.messages.reduce(
+      (sum, message) =>
+        sum + (message !== undefined && messageInterrupt(message.data & 0xff) === number ? message.sent : 0),
+      harness.interrupts[number] ?? 0
+    )
+  const acknowledge = (number: number) => {
+    const was = raised(number) > (taken.get(number) ?? 0)
+    taken.set(number, raised(number))
     return was
   }
-  const window = (address: number) => address - HARNESS_PLACE.base
-  const inWindow = (address: number) => window(address) >= 0 && window(address) < 0x1000
+  /** The range at an address, and the offset in it. */
+  const find = (address: number) =>
+    harness.device.ranges.flatMap(({ size }, range) => {
+      const offset = address - harness.bases[range]!
+      return offset >= 0 && offset < size ? [{ range, offset }] : []
+    })[0]
   return {
     id: 0,
     state: undefined,
@@ -37,10 +53,14 @@ export const harnessCpu = (harness: DeviceHarness): GuestCpu => {
     out16: unsupported,
     out32: unsupported,
     load: (address: number, size: AccessSize) =>
-      operation(() => (inWindow(address) ? harness.read(0, window(address), size) : openBusValue(size))),
+      operation(() => {
+        const place = find(address)
+        return place === undefined ? openBusValue(size) : harness.read(place.range, place.offset, size)
+      }),
     store: (address, size, value) =>
       operation(() => {
-        if (inWindow(address)) harness.write(0, window(address), size, value)
+        const place = find(address)
+        if (place !== undefined) harness.write(place.range, place.offset, size, value)
       }),
     enableInterrupts: unsupported,
     disableInterrupts: unsupported,

@@ -1,6 +1,9 @@
 /** A driver of virtio-mmio devices (virtio 1.3, sections 3.1 and 4.2), as a guest's kernel has it. It works for any device type. */
-import type { AccessSize, GuestCpu, GuestRoutine } from "../GuestCpu.ts"
-import { type DriverBuffer, SplitQueueDriver, splitQueueMemory, type UsedChain } from "./SplitQueueDriver.ts"
+import type { GuestCpu, GuestRoutine } from "../GuestCpu.ts"
+import type { SplitQueueDriver } from "./SplitQueueDriver.ts"
+import { type ConfigurationField, VirtioDriver, type VirtioDriverOptions } from "./VirtioDriver.ts"
+
+export { VirtioStatus } from "./VirtioDriver.ts"
 
 /** Offsets of the registers (section 4.2.2). */
 export const VirtioMmio = {
@@ -30,23 +33,8 @@ export const VirtioMmio = {
   Config: 0x100
 } as const
 
-/** Bits of the device status. */
-export const VirtioStatus = {
-  ACKNOWLEDGE: 1,
-  DRIVER: 2,
-  DRIVER_OK: 4,
-  FEATURES_OK: 8,
-  DEVICE_NEEDS_RESET: 64,
-  FAILED: 128
-} as const
-
 const MAGIC = 0x7472_6976
-const INDIRECT_DESC = 1 << 28
-const EVENT_IDX = 1 << 29
-/** VIRTIO_F_VERSION_1, in the high half. */
-const VERSION_1 = 1
 const CAUSE_CONFIGURATION = 2
-const RESET_TRIES = 1000
 
 /** Where a device is. */
 export interface VirtioMmioPlace {
@@ -55,27 +43,11 @@ export interface VirtioMmioPlace {
 }
 
 /** What a driver wants of a device. */
-export interface VirtioMmioOptions {
-  /** First address of guest memory for the queues, a multiple of 16. */
-  readonly memoryAddress: number
-  /** Sizes of the queues; a device's smaller maximum counts. Default: one queue of 16. */
-  readonly queueSizes?: ReadonlyArray<number>
-  /** Features of the device type to accept where they are offered: low and high half. Default: none. */
-  readonly features?: { readonly low: number; readonly high: number }
-  /** Use tables of descriptors where they are offered. Default: `true`. */
-  readonly indirect?: boolean
-  /** Use event indices where they are offered. Default: `true`. */
-  readonly eventIndex?: boolean
-}
+export type VirtioMmioOptions = VirtioDriverOptions
 
 /** Resets the device and waits until it says that it is done. */
 export function* resetVirtioMmio(cpu: GuestCpu, place: VirtioMmioPlace): GuestRoutine {
-  yield* cpu.store(place.base + VirtioMmio.Status, 4, 0)
-  for (let tries = 0; tries < RESET_TRIES; tries++) {
-    if ((yield* cpu.load(place.base + VirtioMmio.Status, 4)) === 0) return
-    yield* cpu.yield()
-  }
-  throw new Error("the device does not come out of its reset")
+  yield* new VirtioMmioDriver(place).reset(cpu)
 }
 
 /** The device's type, or `undefined` when there is no virtio-mmio device of layout 2. */
@@ -92,158 +64,100 @@ export function* startVirtioMmio(
   place: VirtioMmioPlace,
   options: VirtioMmioOptions
 ): GuestRoutine<VirtioMmioDriver> {
-  const { base } = place
-  const write = (register: number, value: number) => cpu.store(base + register, 4, value)
-  const read = (register: number) => cpu.load(base + register, 4)
-  yield* resetVirtioMmio(cpu, place)
-  let status: number = VirtioStatus.ACKNOWLEDGE
-  yield* write(VirtioMmio.Status, status)
-  status |= VirtioStatus.DRIVER
-  yield* write(VirtioMmio.Status, status)
+  const driver = new VirtioMmioDriver(place)
+  yield* driver.start(cpu, options)
+  return driver
+}
 
-  yield* write(VirtioMmio.DeviceFeaturesSel, 0)
-  const offeredLow = yield* read(VirtioMmio.DeviceFeatures)
-  yield* write(VirtioMmio.DeviceFeaturesSel, 1)
-  const offeredHigh = yield* read(VirtioMmio.DeviceFeatures)
-  if ((offeredHigh & VERSION_1) === 0) throw new Error("the device is not one of virtio 1.0 or later")
-  const wanted = (options.features?.low ?? 0) | (options.indirect === false ? 0 : INDIRECT_DESC) |
-    (options.eventIndex === false ? 0 : EVENT_IDX)
-  const low = (offeredLow & wanted) >>> 0
-  const high = (offeredHigh & ((options.features?.high ?? 0) | VERSION_1)) >>> 0
-  yield* write(VirtioMmio.DriverFeaturesSel, 0)
-  yield* write(VirtioMmio.DriverFeatures, low)
-  yield* write(VirtioMmio.DriverFeaturesSel, 1)
-  yield* write(VirtioMmio.DriverFeatures, high)
-  status |= VirtioStatus.FEATURES_OK
-  yield* write(VirtioMmio.Status, status)
-  if (((yield* read(VirtioMmio.Status)) & VirtioStatus.FEATURES_OK) === 0) {
-    throw new Error("the device refuses the features")
+/** A driver of a device on virtio-mmio. */
+export class VirtioMmioDriver extends VirtioDriver {
+  readonly place: VirtioMmioPlace
+
+  constructor(place: VirtioMmioPlace) {
+    super()
+    this.place = place
   }
 
-  const queues: Array<SplitQueueDriver> = []
-  let address = options.memoryAddress
-  for (const [index, size] of (options.queueSizes ?? [16]).entries()) {
-    yield* write(VirtioMmio.QueueSel, index)
-    if ((yield* read(VirtioMmio.QueueReady)) !== 0) throw new Error(`queue ${index} is ready after a reset`)
-    const sizeMax = yield* read(VirtioMmio.QueueSizeMax)
-    if (sizeMax === 0) throw new Error(`the device has no queue ${index}`)
-    const queue = new SplitQueueDriver({
-      memory: cpu.memory,
-      address,
-      size: Math.min(size, sizeMax),
-      indirect: (low & INDIRECT_DESC) !== 0,
-      eventIndex: (low & EVENT_IDX) !== 0
-    })
-    address += splitQueueMemory(queue.size)
-    yield* write(VirtioMmio.QueueSize, queue.size)
+  *status(cpu: GuestCpu): GuestRoutine<number> {
+    return yield* this.#load(cpu, VirtioMmio.Status)
+  }
+
+  *writeStatus(cpu: GuestCpu, status: number): GuestRoutine {
+    yield* this.#store(cpu, VirtioMmio.Status, status)
+  }
+
+  *offeredFeatures(cpu: GuestCpu, word: number): GuestRoutine<number> {
+    yield* this.#store(cpu, VirtioMmio.DeviceFeaturesSel, word)
+    return yield* this.#load(cpu, VirtioMmio.DeviceFeatures)
+  }
+
+  *acceptFeatures(cpu: GuestCpu, word: number, features: number): GuestRoutine {
+    yield* this.#store(cpu, VirtioMmio.DriverFeaturesSel, word)
+    yield* this.#store(cpu, VirtioMmio.DriverFeatures, features)
+  }
+
+  *queueSizeMax(cpu: GuestCpu, index: number): GuestRoutine<number> {
+    yield* this.#store(cpu, VirtioMmio.QueueSel, index)
+    if ((yield* this.#load(cpu, VirtioMmio.QueueReady)) !== 0) throw new Error(`queue ${index} is ready after a reset`)
+    return yield* this.#load(cpu, VirtioMmio.QueueSizeMax)
+  }
+
+  *enableQueue(cpu: GuestCpu, index: number, queue: SplitQueueDriver): GuestRoutine {
+    yield* this.#store(cpu, VirtioMmio.QueueSel, index)
+    yield* this.#store(cpu, VirtioMmio.QueueSize, queue.size)
     const addresses = [
       [VirtioMmio.QueueDescLow, queue.descriptorTable],
       [VirtioMmio.QueueDriverLow, queue.availableRing],
       [VirtioMmio.QueueDeviceLow, queue.usedRing]
     ] as const
     for (const [register, value] of addresses) {
-      yield* write(register, value % 2 ** 32)
-      yield* write(register + 4, Math.floor(value / 2 ** 32))
+      yield* this.#store(cpu, register, value % 2 ** 32)
+      yield* this.#store(cpu, register + 4, Math.floor(value / 2 ** 32))
     }
-    yield* write(VirtioMmio.QueueReady, 1)
-    if ((yield* read(VirtioMmio.QueueReady)) !== 1) throw new Error(`the device refuses queue ${index}`)
-    queues.push(queue)
-  }
-  status |= VirtioStatus.DRIVER_OK
-  yield* write(VirtioMmio.Status, status)
-  return new VirtioMmioDriver(place, { low, high }, queues)
-}
-
-/** A device that a driver has made ready. */
-export class VirtioMmioDriver {
-  readonly place: VirtioMmioPlace
-  /** What was negotiated. */
-  readonly features: { readonly low: number; readonly high: number }
-  readonly queues: ReadonlyArray<SplitQueueDriver>
-  /** How often the device has interrupted, and how often because of its configuration. */
-  interrupts = 0
-  configurationInterrupts = 0
-
-  constructor(
-    place: VirtioMmioPlace,
-    features: { readonly low: number; readonly high: number },
-    queues: ReadonlyArray<SplitQueueDriver>
-  ) {
-    this.place = place
-    this.features = features
-    this.queues = queues
+    yield* this.#store(cpu, VirtioMmio.QueueReady, 1)
+    if ((yield* this.#load(cpu, VirtioMmio.QueueReady)) !== 1) throw new Error(`the device refuses queue ${index}`)
   }
 
-  /** A queue of the driver. */
-  queue(index: number): SplitQueueDriver {
-    const queue = this.queues[index]
-    if (queue === undefined) throw new RangeError(`there is no queue ${index}`)
-    return queue
-  }
-
-  /** Gives chains to the device and notifies it if it wants that. Returns how many had room. */
-  *send(
-    cpu: GuestCpu,
-    queue: number,
-    chains: ReadonlyArray<ReadonlyArray<DriverBuffer>>,
-    indirect = false
-  ): GuestRoutine<number> {
-    const driver = this.queue(queue)
-    let added = 0
-    for (const chain of chains) {
-      if (driver.add(chain, indirect) === undefined) break
-      added++
-    }
-    if (driver.publish()) yield* this.notify(cpu, queue)
-    return added
-  }
-
-  /** Notifies the device of new chains. */
   *notify(cpu: GuestCpu, queue: number): GuestRoutine {
-    yield* cpu.store(this.place.base + VirtioMmio.QueueNotify, 4, queue)
+    yield* this.#store(cpu, VirtioMmio.QueueNotify, queue)
   }
 
-  /** Waits by interrupts until the device has used a chain. */
-  *receive(cpu: GuestCpu, queue: number): GuestRoutine<UsedChain> {
-    const driver = this.queue(queue)
-    for (;;) {
-      const used = driver.poll()
-      if (used !== undefined) return used
-      if (driver.enableInterrupts()) continue
-      yield* cpu.waitForInterrupt(this.place.gsi)
-      yield* this.handleInterrupt(cpu)
-      driver.disableInterrupts()
-    }
+  *awaitInterrupt(cpu: GuestCpu): GuestRoutine {
+    yield* cpu.waitForInterrupt(this.place.gsi)
+    yield* this.handleInterrupt(cpu)
+  }
+
+  *awaitConfigurationChange(cpu: GuestCpu): GuestRoutine {
+    do yield* cpu.waitForInterrupt(this.place.gsi)
+    while (((yield* this.handleInterrupt(cpu)) & CAUSE_CONFIGURATION) === 0)
   }
 
   /** What an interrupt handler does first: reads the causes and acknowledges them. Returns them. */
   *handleInterrupt(cpu: GuestCpu): GuestRoutine<number> {
-    const causes = yield* cpu.load(this.place.base + VirtioMmio.InterruptStatus, 4)
-    yield* cpu.store(this.place.base + VirtioMmio.InterruptACK, 4, causes)
+    const causes = yield* this.#load(cpu, VirtioMmio.InterruptStatus)
+    yield* this.#store(cpu, VirtioMmio.InterruptACK, causes)
     this.interrupts++
     if ((causes & CAUSE_CONFIGURATION) !== 0) this.configurationInterrupts++
     return causes
   }
 
-  /** The device status. */
-  *status(cpu: GuestCpu): GuestRoutine<number> {
-    return yield* cpu.load(this.place.base + VirtioMmio.Status, 4)
+  *configurationGeneration(cpu: GuestCpu): GuestRoutine<number> {
+    return yield* this.#load(cpu, VirtioMmio.ConfigGeneration)
   }
 
-  /** Fields of the configuration space that belong together: read again until its generation has not changed meanwhile. */
-  *configuration(
-    cpu: GuestCpu,
-    fields: ReadonlyArray<{ readonly offset: number; readonly size: AccessSize }>
-  ): GuestRoutine<
-    ReadonlyArray<number>
-  > {
-    for (;;) {
-      const generation = yield* cpu.load(this.place.base + VirtioMmio.ConfigGeneration, 4)
-      const values: Array<number> = []
-      for (const { offset, size } of fields) {
-        values.push(yield* cpu.load(this.place.base + VirtioMmio.Config + offset, size))
-      }
-      if ((yield* cpu.load(this.place.base + VirtioMmio.ConfigGeneration, 4)) === generation) return values
-    }
+  *loadConfiguration(cpu: GuestCpu, { offset, size }: ConfigurationField): GuestRoutine<number> {
+    return yield* cpu.load(this.place.base + VirtioMmio.Config + offset, size)
+  }
+
+  *storeConfiguration(cpu: GuestCpu, { offset, size }: ConfigurationField, value: number): GuestRoutine {
+    yield* cpu.store(this.place.base + VirtioMmio.Config + offset, size, value)
+  }
+
+  *#load(cpu: GuestCpu, register: number): GuestRoutine<number> {
+    return yield* cpu.load(this.place.base + register, 4)
+  }
+
+  *#store(cpu: GuestCpu, register: number, value: number): GuestRoutine {
+    yield* cpu.store(this.place.base + register, 4, value)
   }
 }
