@@ -424,7 +424,7 @@ export class VsockConnection {
         return
       case "GuestInitiated":
       case "ClientInitiated":
-        return this.#force((this.#control & Control.REQUEST) === 0)
+        return this.#force(true)
       default:
         this.#inbox.clear()
         return
@@ -507,8 +507,10 @@ export class VsockConnection {
     this.#owner.later(() => decided(exit))
   }
 
+  /** `reset` tells the guest by a RST, unless it has never heard of the connection. */
   #force(reset: boolean): void {
-    this.#end("ShutdownForced", false, reset)
+    const isUnheardOf = (this.#control & Control.REQUEST) !== 0
+    this.#end("ShutdownForced", isUnheardOf, reset && !isUnheardOf)
   }
 
   #end(state: "ShutdownClean" | "ShutdownForced", clean: boolean, reset: boolean): void {

@@ -2,7 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import * as Exit from "effect/Exit"
 import * as fc from "fast-check"
-import { BUFFER_SIZE } from "../src/VsockConnection.ts"
+import { BUFFER_SIZE, BUFFER_SIZE_MAX } from "../src/VsockConnection.ts"
 import { HEADER_SIZE, Op, SHUTDOWN_BOTH, VIRTIO_VSOCK_SHUTDOWN_F_SEND } from "../src/VsockPacket.ts"
 import { EPHEMERAL_PORT_FIRST, QUARANTINE_MILLIS } from "../src/VsockPorts.ts"
 import { CLOSE_TIMEOUT_MILLIS } from "../src/VsockSession.ts"
@@ -144,6 +144,103 @@ describe("Credit", () => {
     // It says that it has read more than was sent.
     guest.send({ op: Op.CREDIT_UPDATE, bufAlloc: 10, fwdCnt: 26 })
     assert.strictEqual(connection.end, "reset")
+  })
+})
+
+describe("A guest that sends without end", () => {
+  it("is given credit as its host reads, more of it as both keep up, and never more than the most", () => {
+    fc.assert(
+      fc.property(fc.array(fc.nat({ max: 3 }), { minLength: 1, maxLength: 8 }), (readsAfter) => {
+        const guest = new SessionGuest()
+        const connection = guest.open()
+        let sent = 0
+        let credit = { bufAlloc: BUFFER_SIZE, fwdCnt: 0 }
+        for (let round = 0; sent < 24 * 2 ** 20; round++) {
+          if (round > 10_000) assert.fail("the guest has no credit any more")
+          for (let packets = 1 + (readsAfter[round % readsAfter.length] ?? 0); packets > 0; packets--) {
+            const room = Math.min(credit.bufAlloc - (sent - credit.fwdCnt), 0x1_0000)
+            if (room <= 0) break
+            guest.send({ op: Op.RW, data: new Uint8Array(room) })
+            sent += room
+          }
+          while (connection.take() !== undefined);
+          for (const { bufAlloc, fwdCnt } of guest.receive()) credit = { bufAlloc, fwdCnt }
+        }
+        assert.strictEqual(connection.end, "open")
+        assert.strictEqual(credit.bufAlloc, BUFFER_SIZE_MAX)
+      }),
+      { numRuns: 20 }
+    )
+  })
+
+  it("has no more credit than it had first while nobody reads", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open()
+    for (let sent = 0; sent < BUFFER_SIZE; sent += 1000) {
+      guest.send({ op: Op.RW, data: new Uint8Array(Math.min(1000, BUFFER_SIZE - sent)) })
+    }
+    assert.deepStrictEqual(guest.receive(), [])
+    assert.strictEqual(connection.unread, BUFFER_SIZE)
+    assert.strictEqual(connection.bufAlloc, BUFFER_SIZE)
+  })
+})
+
+describe("Counters of credit", () => {
+  it("wrap at 2^32 in both directions", () => {
+    const guest = new SessionGuest()
+    const first = 0xffff_ff00
+    const connection = guest.open({ bufAlloc: 0x400, fwdCnt: first })
+    let done = false
+    connection.write(new Uint8Array(0x800), () => {
+      done = true
+    })
+    assert.strictEqual(guest.receive().reduce((sum, { len }) => sum + len, 0), 0x400)
+    guest.send({ op: Op.CREDIT_UPDATE, bufAlloc: 0x400, fwdCnt: (first + 0x400) >>> 0 })
+    assert.strictEqual(guest.receive().reduce((sum, { len }) => sum + len, 0), 0x400)
+    assert.isTrue(done)
+  })
+})
+
+describe("Messages", () => {
+  it("keep their boundaries whatever packets they come in", () => {
+    fc.assert(fc.property(
+      fc.array(fc.array(fc.uint8Array({ maxLength: 5000 }), { minLength: 1, maxLength: 3 }), { maxLength: 10 }),
+      (messages) => {
+        const guest = new SessionGuest()
+        const connection = guest.open({ type: 2 })
+        const wanted: Array<Uint8Array> = []
+        for (const parts of messages) {
+          for (const [index, data] of parts.entries()) {
+            guest.send({ op: Op.RW, type: 2, data, flags: index === parts.length - 1 ? 1 : 0 })
+          }
+          wanted.push(Uint8Array.from(parts.flatMap((part) => Array.from(part))))
+        }
+        const got: Array<Uint8Array> = []
+        for (let message = connection.take(); message !== undefined; message = connection.take()) got.push(message)
+        assert.deepStrictEqual(got, wanted)
+        assert.strictEqual(connection.unread, 0)
+      }
+    ))
+  })
+
+  it("of the host end where its writes do", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open({ type: 2 })
+    guest.bufferSize = 44 + 100
+    for (const length of [250, 0, 100]) connection.write(new Uint8Array(length), () => {})
+    const packets = guest.receive().map(({ flags, len }) => [len, flags])
+    assert.deepStrictEqual(packets, [[100, 0], [100, 0], [50, 1], [0, 1], [100, 1]])
+  })
+})
+
+describe("Fairness", () => {
+  it("gives each connection one packet in turn", () => {
+    const guest = new SessionGuest()
+    const greedy = guest.open({ srcPort: 1000 })
+    const modest = guest.open({ srcPort: 1001 })
+    greedy.write(new Uint8Array(100_000), () => {})
+    modest.write(new Uint8Array(10), () => {})
+    assert.include(guest.receive(2).map(({ dstPort }) => dstPort), 1001)
   })
 })
 

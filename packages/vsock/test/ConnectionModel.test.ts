@@ -1,0 +1,13 @@
+/** The protocol under every schedule: see `ConnectionModel.ts`. */
+import { describe, it } from "@effect/vitest"
+import * as fc from "fast-check"
+import { ConnectionModel, script } from "./ConnectionModel.ts"
+
+/** Schedules of a run: fewer than in continuous integration when a developer waits for them. */
+const SCHEDULES = Number(process.env["TROUPE_VSOCK_SCHEDULES"] ?? 5000)
+
+describe("Connections", () => {
+  it(`lose nothing, repeat nothing and keep nothing, in ${SCHEDULES} schedules`, () => {
+    fc.assert(fc.property(script, (steps) => new ConnectionModel().run(steps)), { numRuns: SCHEDULES })
+  })
+})
