@@ -10,7 +10,7 @@ import {
   VIRTIO_MMIO_ADDRESS
 } from "./boot/MachineLayout.ts"
 import type { BusRange } from "./Bus.ts"
-import { type Device, DeviceFailure, type DevicePlacement, type RangeRequest } from "./Device.ts"
+import { type Device, DeviceFailure, type DevicePlacement, type RangeRequest, type RangeWindow } from "./Device.ts"
 import { DeviceInitializationFailure } from "./GuestError.ts"
 import { PAGE_SIZE } from "./GuestMemory.ts"
 
@@ -26,6 +26,12 @@ const FIRST_PCI_FUNCTION = PCI_ECAM_ADDRESS + PAGE_SIZE
 const PCI_CALLS_ADDRESS = PCI_MEMORY_ADDRESS + PCI_MEMORY_SIZE / 2
 
 const alignUp = (address: number, alignment: number): number => Math.ceil(address / alignment) * alignment
+
+const FULL: { readonly [window in RangeWindow]: string } = {
+  "device-window": "the device window is full",
+  "pci-function": "no function of the PCI bus is free",
+  "pci-memory": "the memory of the PCI functions is full"
+}
 
 /** What is taken of the windows in which the machine chooses addresses. */
 class DeviceWindows {
@@ -109,7 +115,7 @@ export const placeDevices = (
         }
         base = windows.place(request)
         if (base === undefined) {
-          return refuse(device, `the ${request.window ?? "device-window"} is full`, "Configure fewer devices")
+          return refuse(device, FULL[request.window ?? "device-window"], "Configure fewer devices")
         }
       }
       bases.push(base)

@@ -4,16 +4,26 @@
  * queue.
  */
 import { type AccessSize, type GuestCpu, type GuestRoutine, messageInterrupt } from "../GuestCpu.ts"
-import type { SplitQueueDriver } from "./SplitQueueDriver.ts"
+import type { QueuePlace } from "./QueueDriver.ts"
 import { type ConfigurationField, VirtioDriver, type VirtioDriverOptions } from "./VirtioDriver.ts"
 
 const FUNCTION_SIZE = 0x1000
 const FUNCTIONS_PER_BUS = 256
+const FUNCTIONS_PER_DEVICE = 8
+const MULTI_FUNCTION = 0x80
 const NO_VENDOR = 0xffff
 const VIRTIO_VENDOR = 0x1af4
 const VIRTIO_DEVICE_BASE = 0x1040
 
-const Header = { VENDOR: 0x00, DEVICE: 0x02, COMMAND: 0x04, STATUS: 0x06, BAR0: 0x10, CAPABILITIES: 0x34 } as const
+const Header = {
+  VENDOR: 0x00,
+  DEVICE: 0x02,
+  COMMAND: 0x04,
+  STATUS: 0x06,
+  TYPE: 0x0e,
+  BAR0: 0x10,
+  CAPABILITIES: 0x34
+} as const
 const COMMAND_MEMORY_AND_MASTER = 0x6
 const STATUS_CAPABILITIES = 0x10
 const CAP_VENDOR = 0x09
@@ -99,9 +109,14 @@ function* probeMemory(cpu: GuestCpu, config: number): GuestRoutine<ReadonlyArray
 /** The virtio functions of bus 0, whose configuration pages begin at `pages`. */
 export function* findVirtioPci(cpu: GuestCpu, pages: number): GuestRoutine<ReadonlyArray<VirtioPciPlace>> {
   const places: Array<VirtioPciPlace> = []
-  for (let index = 0; index < FUNCTIONS_PER_BUS; index++) {
+  for (let index = 0; index < FUNCTIONS_PER_BUS;) {
     const config = pages + index * FUNCTION_SIZE
     const vendor = yield* cpu.load(config + Header.VENDOR, 2)
+    const isFirst = index % FUNCTIONS_PER_DEVICE === 0
+    // Without a first function there are no others; with it, there are if it says so.
+    const isLast = isFirst &&
+      (vendor === NO_VENDOR || ((yield* cpu.load(config + Header.TYPE, 1)) & MULTI_FUNCTION) === 0)
+    index += isLast ? FUNCTIONS_PER_DEVICE : 1
     if (vendor === NO_VENDOR) continue
     const device = yield* cpu.load(config + Header.DEVICE, 2)
     if (vendor === VIRTIO_VENDOR && device >= VIRTIO_DEVICE_BASE) {
@@ -272,13 +287,13 @@ export class VirtioPciDriver extends VirtioDriver {
     return yield* this.#load(cpu, VirtioPciCommon.queue_size, 2)
   }
 
-  *enableQueue(cpu: GuestCpu, index: number, queue: SplitQueueDriver): GuestRoutine {
+  *enableQueue(cpu: GuestCpu, index: number, queue: QueuePlace): GuestRoutine {
     yield* this.#store(cpu, VirtioPciCommon.queue_select, 2, index)
     yield* this.#store(cpu, VirtioPciCommon.queue_size, 2, queue.size)
     const addresses = [
-      [VirtioPciCommon.queue_desc, queue.descriptorTable],
-      [VirtioPciCommon.queue_driver, queue.availableRing],
-      [VirtioPciCommon.queue_device, queue.usedRing]
+      [VirtioPciCommon.queue_desc, queue.areas.descriptor],
+      [VirtioPciCommon.queue_driver, queue.areas.driver],
+      [VirtioPciCommon.queue_device, queue.areas.device]
     ] as const
     for (const [register, value] of addresses) {
       yield* this.#store(cpu, register, 4, value % 2 ** 32)
