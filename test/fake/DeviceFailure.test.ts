@@ -75,7 +75,7 @@ interface Request {
 
 interface Workload {
   readonly deviceId: number
-  readonly config: Partial<GuestConfigInput>
+  readonly config: (defects: DeviceDefects.DeviceDefects) => Partial<GuestConfigInput>
   /** The next request, in memory that begins there. */
   readonly next: (cpu: GuestCpu, slot: number, address: number) => Request
 }
@@ -153,11 +153,17 @@ const bytesAt = (cpu: GuestCpu, address: number, length: number): Uint8Array => 
 const POISON = 0xa5
 
 /** Random bytes are never 0xa5 here, so a byte that was not written is known. */
-const layerSource = Layer.succeed(EntropySource, { fill: (bytes) => bytes.fill(0x11) })
+const layerSource = (defects: DeviceDefects.DeviceDefects) =>
+  Layer.succeed(EntropySource, {
+    fill: (bytes) => {
+      defects.reach("host")
+      bytes.fill(0x11)
+    }
+  })
 
 const entropyWork = (): Workload => ({
   deviceId: 4,
-  config: { virtioRng: true },
+  config: () => ({ virtioRng: true }),
   next: (cpu, slot, address) => {
     const length = 16 + slot
     const bytes = bytesAt(cpu, address, DATA_SIZE).fill(POISON)
@@ -172,16 +178,29 @@ const entropyWork = (): Workload => ({
   }
 })
 
-/** A disk whose operations take a while, each another one. */
-const slowDisk = (bytes: Uint8Array<ArrayBuffer>) =>
+/** A disk whose operations take a while, each another one, and whose back end breaks as planned, which none should. */
+const slowDisk = (bytes: Uint8Array<ArrayBuffer>, defects: DeviceDefects.DeviceDefects) =>
   makeBlockClient("slow", () =>
-    makeBlockBackend({
-      name: "slow",
-      capacity: bytes.length,
-      read: (offset, target: BlockBytes) =>
-        Effect.map(nap, () => target.set(bytes.subarray(offset, offset + target.length))),
-      write: (offset, source) => Effect.map(nap, () => bytes.set(source, offset))
-    }))
+    Effect.map(
+      makeBlockBackend({
+        name: "slow",
+        capacity: bytes.length,
+        read: (offset, target: BlockBytes) =>
+          Effect.map(nap, () => target.set(bytes.subarray(offset, offset + target.length))),
+        write: (offset, source) => Effect.map(nap, () => bytes.set(source, offset))
+      }),
+      (backend) => ({
+        ...backend,
+        read: (...request) => {
+          defects.reach("host")
+          backend.read(...request)
+        },
+        write: (...request) => {
+          defects.reach("host")
+          backend.write(...request)
+        }
+      })
+    ))
 
 const nap = Effect.flatMap(Random.nextIntBetween(0, 30), (millis) => millis < 10 ? Effect.void : Effect.sleep(millis))
 
@@ -198,14 +217,14 @@ const blockWork = (): Workload => {
   let version = 0
   return {
     deviceId: 2,
-    config: {
+    config: (defects) => ({
       blockDevices: [{
         id: "disk",
         mode: "READ_WRITE",
         format: "FILE",
-        client: slowDisk(new Uint8Array(64 * SECTOR_SIZE))
+        client: slowDisk(new Uint8Array(64 * SECTOR_SIZE), defects)
       }]
-    },
+    }),
     next: (cpu, slot, address) => {
       const versions = possible[slot] ??= new Set([0])
       const type = version++ % 3 === 0 ? READ : WRITE
@@ -273,7 +292,7 @@ const run = (
       kernel: GuestProgram.kernel(working(workload, requests, depth, tally)),
       cpus: 1,
       guestMemory: "2M",
-      ...workload.config
+      ...workload.config(defects)
     })
     const result = yield* Effect.result(lifecycle.run)
     const fake = yield* FakeHypervisor.FakeHypervisor
@@ -285,7 +304,7 @@ const run = (
       Layer.provide(DeviceDefects.layer((device) =>
         isVirtio(device) ? { ...DeviceDefects.breaking(device, defects), policy } : device
       )),
-      Layer.provide(Layer.provide(layerDevices, layerSource)),
+      Layer.provide(Layer.provide(layerDevices, layerSource(defects))),
       Layer.provideMerge(FakeHypervisor.layer()),
       Layer.merge(Logger.layer([]))
     )

@@ -33,7 +33,7 @@ export const resetAfterQuiet = (quiet: Duration.Input) =>
 
 /** How a device is started again. */
 export interface RestartOptions {
-  /** The first delay; each that follows is twice as long. Default: 10 ms. */
+  /** The first delay; each that follows is twice as long, up to one second. Default: 10 ms. */
   readonly delay?: Duration.Input
   /** How often it is started again before its failure ends the machine. Default: 5. */
   readonly times?: number
@@ -41,20 +41,24 @@ export interface RestartOptions {
   readonly quiet?: Duration.Input
 }
 
+const DELAY_MAX = Duration.seconds(1)
+
+/** Delays that double, up to one second. */
+const growing = (first: Duration.Input): Schedule.Schedule<unknown> =>
+  Schedule.exponential(first).pipe(
+    Schedule.modifyDelay(({ duration }) => Effect.succeed(Duration.min(duration, DELAY_MAX)))
+  )
+
 /** The policy of a device that is started again a few times in a row, at growing intervals, and then ends the machine. */
 export const restartPolicy = (
   { delay = "10 millis", quiet = "1 minute", times = 5 }: RestartOptions = {}
 ): DevicePolicy => ({
   _tag: "restart",
-  schedule: Schedule.exponential(delay).pipe(Schedule.upTo({ times }), resetAfterQuiet(quiet))
+  schedule: growing(delay).pipe(Schedule.upTo({ times }), resetAfterQuiet(quiet))
 })
 
 const RESET_DELAY = "10 millis"
-const RESET_DELAY_MAX = Duration.seconds(1)
 const RESET_QUIET = "10 seconds"
 
 /** The pace of a machine that resets again and again: 10, 20, 40 ms, up to 1 s; from the start when it has run for 10 s. It never ends. */
-export const resetPace: Schedule.Schedule<unknown> = Schedule.exponential(RESET_DELAY).pipe(
-  Schedule.modifyDelay(({ duration }) => Effect.succeed(Duration.min(duration, RESET_DELAY_MAX))),
-  resetAfterQuiet(RESET_QUIET)
-)
+export const resetPace: Schedule.Schedule<unknown> = growing(RESET_DELAY).pipe(resetAfterQuiet(RESET_QUIET))

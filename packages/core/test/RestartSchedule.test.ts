@@ -70,6 +70,17 @@ describe("the usual schedules", () => {
       const policy = restartPolicy()
       if (policy._tag !== "restart") return assert.fail("not a restart")
       assert.deepStrictEqual(yield* delays(policy.schedule, [5, 0, 1, 59_999, 7, 0]), [10, 20, 40, 80, 160, undefined])
+      const many = restartPolicy({ delay: 300, times: 6 })
+      if (many._tag !== "restart") return assert.fail("not a restart")
+      assert.deepStrictEqual(yield* delays(many.schedule, Array.from({ length: 7 }, () => 0)), [
+        300,
+        600,
+        1000,
+        1000,
+        1000,
+        1000,
+        undefined
+      ])
       const rare = Array.from({ length: 100 }, () => 60_000)
       assert.deepStrictEqual(yield* delays(policy.schedule, rare), rare.map(() => 10))
     }))

@@ -243,6 +243,8 @@ void virtio_list(void);
 bool hostile(const char *word);
 bool virtio_blk(const char *word);
 bool virtio_mem(const char *word);
+bool virtio_net(const char *word);
+bool virtio_vsock(const char *word);
 bool virtio_rng(const char *word);
 void cpuid_report(void);
 

@@ -19,6 +19,8 @@ enum { READ = 0, WRITE = 1, FLUSH = 4, GET_ID = 8, DISCARD = 11, WRITE_ZEROES = 
 #define DEPTH_MAX 256
 #define STATUS_UNSET 0xff
 #define UNMAP 1
+#define RESETS_MAX 1000
+#define AGAIN_MS 20
 #define BENCH_LIMIT_MS 60000
 #define USER_DEPTH 8 /* from this depth on it pays to go to CPL 3 and back for a batch */
 
@@ -189,6 +191,50 @@ static const char *on_range(const char *what, u32 type, u64 sector, u64 sectors,
   return error;
 }
 
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+/* One request, `*again` when a reset came before its answer. */
+static const char *try_request(u32 type, u64 sector, void *data, bool *again) {
+  u8 status;
+  const char *error = simple(type, sector, data, SECTOR, &status);
+  *again = error && virtio_needs_reset(&disk);
+  return *again ? NULL : error ? error : status ? "status" : NULL;
+}
+
+/* Writes sectors one after the other and reads each of them again, whatever happens to the device meanwhile. */
+static const char *endure(u64 count) {
+  u32 resets = 0, *words = heap_take(SECTOR, PAGE);
+  u64 mark = heap_mark();
+  bool again = false;
+  if (!words) return "no memory";
+  for (u64 done = 0; done < count;) {
+    if (again) {
+      if (++resets == RESETS_MAX) return "too many resets";
+      heap_back(mark);
+      const char *error = start();
+      if (error) { /* it failed again meanwhile */
+        wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, AGAIN_MS);
+        continue;
+      }
+    }
+    u64 sector = done % capacity;
+    words[0] = pattern(resets, (u32)done);
+    words[SECTOR / 4 - 1] = ~words[0];
+    u32 wanted = words[0];
+    const char *error = try_request(WRITE, sector, words, &again);
+    if (!error && !again) {
+      words[0] = words[SECTOR / 4 - 1] = 0;
+      error = try_request(READ, sector, words, &again);
+    }
+    if (error) return error;
+    if (again) continue;
+    if (words[0] != wanted || words[SECTOR / 4 - 1] != ~wanted) return "another sector's bytes, or older ones";
+    done++;
+  }
+  say("blk endure %u requests %u resets ok", 2 * count, U(resets));
+  return NULL;
+}
+
 /* ---- bench ------------------------------------------------------------------------------------------------------ */
 
 static u32 random_state;
@@ -324,6 +370,7 @@ static const char *run(const char *what, const char *rest) {
     u64 count = take_argument(&rest, 1000), size = take_argument(&rest, after_prefix(what, "seq-") ? 1 << 20 : 4096);
     return bench(what, count, (u32)size);
   }
+  if (str_equal(what, "endure")) return endure(take_argument(&rest, 100));
   u64 sector = take_argument(&rest, 0), sectors = take_argument(&rest, 8), third = take_argument(&rest, 0);
   if (str_equal(what, "discard")) return on_range(what, DISCARD, sector, sectors, 0);
   if (str_equal(what, "zero")) return on_range(what, WRITE_ZEROES, sector, sectors, third ? UNMAP : 0);

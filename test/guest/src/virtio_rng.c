@@ -3,6 +3,8 @@
 
 #define REQUEST_MAX 4096
 #define SHOWN 64
+#define RESETS_MAX 1000
+#define AGAIN_MS 20
 
 static struct virtio rng;
 
@@ -31,11 +33,37 @@ static const char *run(u32 size, u32 requests) {
   return error;
 }
 
-/* "BYTES[,REQUESTS]" */
+/* One request after the other, whatever happens to the device meanwhile. */
+static const char *endure(u32 requests) {
+  u8 *bytes = heap_take(PAGE, PAGE);
+  u64 mark = heap_mark();
+  u32 resets = 0, length;
+  const char *error = "not started";
+  if (!bytes) return "no memory";
+  for (u32 done = 0; done < requests;) {
+    if (error) {
+      if (resets++ == RESETS_MAX) return "too many resets";
+      heap_back(mark);
+      error = virtio_start(&rng, 0);
+      if (!error) error = virtq_setup(&rng, 0, 8);
+      if (!error) error = virtio_ready(&rng);
+      if (error) wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, AGAIN_MS);
+      continue;
+    }
+    error = virtq_call(&rng.queues[0], &(struct buffer){bytes, 64, true}, 1, &length);
+    if (error && !virtio_needs_reset(&rng)) return error;
+    if (!error) done++;
+  }
+  say("rng endure %u requests %u resets ok", U(requests), U(resets - 1));
+  return NULL;
+}
+
+/* "BYTES[,REQUESTS]", or "endure[,REQUESTS]" */
 static void rng_words(const char *text) {
   u32 size = 32, requests = 2;
-  if (*text) size = (u32)take_number(&text);
-  if (*text == ',') {
+  const char *many = after_prefix(text, "endure");
+  if (!many && *text) size = (u32)take_number(&text);
+  if (!many && *text == ',') {
     text++;
     requests = (u32)take_number(&text);
   }
@@ -45,7 +73,11 @@ static void rng_words(const char *text) {
     return;
   }
   say("rng device %x irq %u", rng.base, U(rng.irq));
-  const char *error = run(size, requests);
+  if (many && *many == ',') {
+    many++;
+    requests = (u32)take_number(&many);
+  }
+  const char *error = many ? endure(requests) : run(size, requests);
   if (error) {
     virtio_fail(&rng);
     say("rng failed %s", error);

@@ -16,8 +16,9 @@ import { GuestMemory, type MemoryRegion } from "../GuestMemory.ts"
  * - `memory`: in the middle of a handler, when it looks for a place in guest memory
  * - `interrupt`: when it raises an interrupt, which does not come
  * - `start`: before the device starts
+ * - `host`: in the middle of a handler, in what the host provides; only where the test itself calls {@link DeviceDefects.reach}
  */
-export type DefectPlace = "start" | "read" | "write" | "doorbell" | "signal" | "done" | "memory" | "interrupt"
+export type DefectPlace = "start" | "read" | "write" | "doorbell" | "signal" | "done" | "memory" | "interrupt" | "host"
 
 /** Says whether a device breaks at a point. Points are numbered from 0 over all lives of the device. */
 export type DefectPlan = (point: number, place: DefectPlace) => boolean

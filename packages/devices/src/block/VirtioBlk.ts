@@ -203,7 +203,13 @@ class Disk implements VirtioBehaviour {
         return false
       }
       this.#busy++
-      request.begin(queue)
+      try {
+        request.begin(queue)
+      } catch (defect) {
+        // No back end has it, so the end of this generation must not wait for it.
+        this.#busy--
+        throw defect
+      }
       bytes += request.length
     }
     return true
