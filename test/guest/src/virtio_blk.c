@@ -203,22 +203,23 @@ static const char *try_request(u32 type, u64 sector, void *data, bool *again) {
 
 /* Writes sectors one after the other and reads each of them again, whatever happens to the device meanwhile. */
 static const char *endure(u64 count) {
-  u32 resets = 0, *words = heap_take(SECTOR, PAGE);
+  u32 starts = 0, *words = heap_take(SECTOR, PAGE);
   u64 mark = heap_mark();
-  bool again = false;
+  bool again = true;
   if (!words) return "no memory";
   for (u64 done = 0; done < count;) {
     if (again) {
-      if (++resets == RESETS_MAX) return "too many resets";
+      if (++starts == RESETS_MAX) return "too many resets";
       heap_back(mark);
       const char *error = start();
+      again = error;
       if (error) { /* it failed again meanwhile */
         wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, AGAIN_MS);
         continue;
       }
     }
     u64 sector = done % capacity;
-    words[0] = pattern(resets, (u32)done);
+    words[0] = pattern(starts, (u32)done);
     words[SECTOR / 4 - 1] = ~words[0];
     u32 wanted = words[0];
     const char *error = try_request(WRITE, sector, words, &again);
@@ -231,7 +232,7 @@ static const char *endure(u64 count) {
     if (words[0] != wanted || words[SECTOR / 4 - 1] != ~wanted) return "another sector's bytes, or older ones";
     done++;
   }
-  say("blk endure %u requests %u resets ok", 2 * count, U(resets));
+  say("blk endure %u requests %u resets ok", 2 * count, U(starts - 1));
   return NULL;
 }
 
@@ -356,6 +357,7 @@ static const char *about(void) {
 }
 
 static const char *run(const char *what, const char *rest) {
+  if (str_equal(what, "endure")) return endure(take_argument(&rest, 100));
   const char *error = start();
   u8 status;
   if (error) return error;
@@ -370,7 +372,6 @@ static const char *run(const char *what, const char *rest) {
     u64 count = take_argument(&rest, 1000), size = take_argument(&rest, after_prefix(what, "seq-") ? 1 << 20 : 4096);
     return bench(what, count, (u32)size);
   }
-  if (str_equal(what, "endure")) return endure(take_argument(&rest, 100));
   u64 sector = take_argument(&rest, 0), sectors = take_argument(&rest, 8), third = take_argument(&rest, 0);
   if (str_equal(what, "discard")) return on_range(what, DISCARD, sector, sectors, 0);
   if (str_equal(what, "zero")) return on_range(what, WRITE_ZEROES, sector, sectors, third ? UNMAP : 0);
