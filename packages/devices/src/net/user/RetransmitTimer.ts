@@ -8,7 +8,7 @@ export const TIMEOUT_FIRST = 1000
 /** The least, in milliseconds. */
 export const TIMEOUT_MIN = 200
 /** The most, in milliseconds. */
-export const TIMEOUT_MAX = 60_000
+export const TIMEOUT_MAX = 10_000
 /** Doublings after which the time is at its most whatever was measured. */
 const BACK_OFF_MAX = 16
 

@@ -32,7 +32,7 @@ export const TCP_KEEPALIVE = 120_000
 /** How long the host may take to connect, in milliseconds. */
 export const TCP_OPENING_MAX = 130_000
 /** Repetitions without an answer after which a connection is given up. */
-export const TCP_RETRIES_MAX = 10
+export const TCP_RETRIES_MAX = 12
 /** Repetitions of a segment with SYN after which a connection is given up. */
 export const TCP_SYN_RETRIES_MAX = 5
 /** Duplicate acknowledgments that say that a segment was lost (RFC 5681). */
@@ -133,6 +133,8 @@ export class TcpConnection {
   /** The host has no more bytes. */
   #finQueued = false
   #finAcknowledged = false
+  /** Whether this side's end was told after that of the guest: its acknowledgment of the one is that of the other. */
+  #endedLast = false
 
   #receiveNext = 0
   /** What has been promised to the guest: it may send up to here. */
@@ -261,6 +263,11 @@ export class TcpConnection {
     }
     if (this.state === TcpState.SYN_SENT) return this.#receiveFirst(header, now)
     this.#heard = now
+    if (this.state === TcpState.SYN_RECEIVED && (header.flags & (TCP_SYN | TCP_ACK | TCP_RST)) === TCP_SYN) {
+      // The guest repeats its question: the answer was lost.
+      this.#next = this.#initial
+      return false
+    }
     const fin = (header.flags & TCP_FIN) !== 0
     if (!this.#isAcceptable(header.sequence, payload.length + (fin ? 1 : 0))) {
       if ((header.flags & TCP_RST) === 0) this.#acknowledge = true
@@ -286,14 +293,13 @@ export class TcpConnection {
       this.state = TcpState.OPEN
       this.#takeWindow(header)
     }
-    const wasLast = this.#finReceived
     this.#receiveAcknowledgment(header, payload.length > 0 || fin, now)
     if (this.state === TcpState.TIME_WAIT) {
       if (fin) this.deadline = now + TCP_TIME_WAIT
     } else if (this.state === TcpState.OPEN && !this.#finReceived) {
       this.#receivePayload(header.sequence, payload, fin)
     }
-    if (this.state === TcpState.OPEN && this.#finReceived && this.#finAcknowledged) this.#finish(wasLast, now)
+    if (this.state === TcpState.OPEN && this.#finReceived && this.#finAcknowledged) this.#finish(now)
     return false
   }
 
@@ -519,9 +525,9 @@ export class TcpConnection {
     this.#peer.write(bytes)
   }
 
-  /** Both directions are over. Who ended first remembers the connection for a while. */
-  #finish(guestEndedFirst: boolean, now: number): void {
-    if (guestEndedFirst) {
+  /** Both directions are over. Who did not end last remembers the connection for a while, so that it can acknowledge again. */
+  #finish(now: number): void {
+    if (this.#endedLast) {
       this.#close()
       return
     }
@@ -589,7 +595,9 @@ export class TcpConnection {
     }
     if (this.#finIsNext) {
       plan.flags |= TCP_FIN
-      this.#sent(sequenceAdd(this.#next, 1), now)
+      const end = sequenceAdd(this.#next, 1)
+      if (sequenceDistance(end, this.#highest) > 0) this.#endedLast = this.#finReceived
+      this.#sent(end, now)
       return
     }
     // A probe is old by one byte, so that it has to be answered (RFC 9293, section 3.8.4).
