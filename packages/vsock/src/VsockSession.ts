@@ -121,7 +121,7 @@ export class VsockSession {
 
   /** Whether anything waits to be sent. */
   get hasPackets(): boolean {
-    return this.#resets.length > 0 || this.#urgent.length > 0 || this.#ready.length > 0
+    return this.#resets.length > 0 || this.#first(this.#urgent) !== undefined || this.#first(this.#ready) !== undefined
   }
 
   /** A turn: what happens inside it wakes those who wait at its end. */
@@ -198,7 +198,10 @@ export class VsockSession {
     connection.receive(header, chain.readableBytes - HEADER_SIZE, (place) => chain.read(HEADER_SIZE, place))
   }
 
-  /** Writes the next packet to a chain of the guest. Returns its length in bytes, or 0 when it took none. */
+  /**
+   * Writes the next packet to a chain of the guest. Returns its length in bytes, or 0 when there is none, or the chain has no
+   * room for it: the packet stays the next one then.
+   */
   send(chain: OutgoingPacket): number {
     if (chain.readableBytes > 0 || chain.writableBytes < HEADER_SIZE) return 0
     const reset = this.#resets.shift()
@@ -322,23 +325,36 @@ export class VsockSession {
     if (!this.#inTurn) this.#host.signal()
   }
 
+  /** The first connection of a queue that has something to send. Those before it leave the queue. */
+  #first(queue: Deque<VsockConnection>): VsockConnection | undefined {
+    for (let connection = queue.peek(); connection !== undefined; connection = queue.peek()) {
+      if (connection.wants !== undefined) return connection
+      this.#leave(queue)
+    }
+    return undefined
+  }
+
+  #leave(queue: Deque<VsockConnection>): void {
+    const connection = queue.shift()
+    if (connection === undefined) return
+    if (queue === this.#urgent) connection.isUrgent = false
+    else connection.isReady = false
+  }
+
   #sendOf(queue: Deque<VsockConnection>, chain: OutgoingPacket): number {
     const header = this.#outgoing
-    for (let connection = queue.shift(); connection !== undefined; connection = queue.shift()) {
-      if (queue === this.#urgent) connection.isUrgent = false
-      else connection.isReady = false
-      const length = connection.next(header, chain.writableBytes - HEADER_SIZE)
-      if (length < 0) continue
-      chain.write(0, header.bytes)
-      if (header.op === Op.RW) {
-        const data = connection.nextData(length)
-        if (data !== undefined && length > 0) chain.write(HEADER_SIZE, data)
-        connection.sentData(length)
-      }
-      const { wants } = connection
-      if (wants !== undefined) this.#attention(connection, wants === "control")
-      return HEADER_SIZE + length
+    const connection = this.#first(queue)
+    const length = connection?.next(header, chain.writableBytes - HEADER_SIZE) ?? -1
+    if (connection === undefined || length < 0) return 0
+    this.#leave(queue)
+    chain.write(0, header.bytes)
+    if (header.op === Op.RW) {
+      const data = connection.nextData(length)
+      if (data !== undefined && length > 0) chain.write(HEADER_SIZE, data)
+      connection.sentData(length)
     }
-    return 0
+    const { wants } = connection
+    if (wants !== undefined) this.#attention(connection, wants === "control")
+    return HEADER_SIZE + length
   }
 }

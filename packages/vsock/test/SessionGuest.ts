@@ -99,7 +99,7 @@ export class SessionGuest {
             return part.length
           }
         })
-        if (written === 0) continue
+        if (written === 0) throw new Error("a buffer came back empty")
         packets.push(parse(buffer.subarray(0, written)))
       }
     })

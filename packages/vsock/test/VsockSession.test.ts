@@ -233,6 +233,17 @@ describe("Messages", () => {
   })
 })
 
+describe("A buffer of the guest", () => {
+  it("that has no room for data comes back empty, and the data goes into the next one", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open()
+    connection.write(text("data"), () => {})
+    const empty = { readableBytes: 0, writableBytes: HEADER_SIZE, write: () => assert.fail("nothing fits") }
+    guest.session.turn(() => assert.strictEqual(guest.session.send(empty), 0))
+    assert.deepInclude(guest.receive()[0], { op: Op.RW, data: text("data") })
+  })
+})
+
 describe("Fairness", () => {
   it("gives each connection one packet in turn", () => {
     const guest = new SessionGuest()
