@@ -310,6 +310,17 @@ export class TcpConnection {
     return this.state === TcpState.OPEN && (this.#repeat || this.#force || this.#sendable(1) > 0 || this.#finIsNext)
   }
 
+  /** Bytes of payload of the next segment when `payloadMax` are allowed, which may be many segments. */
+  next(payloadMax: number): number {
+    if (this.state !== TcpState.OPEN) return 0
+    if (this.#repeat) return Math.min(payloadMax, this.#repeatable)
+    let length = this.#sendable(1)
+    if (this.#force) length = Math.max(length, Math.min(1, this.#sendable(0)))
+    if (length > payloadMax) length = payloadMax
+    if (length > this.#mss && length < this.#sendable(0)) length -= length % this.#mss
+    return length
+  }
+
   /**
    * Says what to send next, at most `payloadMax` bytes of payload, and counts it as sent. `payloadMax` may be many segments: then
    * the payload is whole ones or all there is. Returns whether there is something.
@@ -580,13 +591,8 @@ export class TcpConnection {
       this.#takeRepeated(plan, payloadMax)
       return
     }
-    let length = this.#sendable(1)
-    if (this.#force) {
-      this.#force = false
-      length = Math.max(length, Math.min(1, this.#sendable(0)))
-    }
-    if (length > payloadMax) length = payloadMax
-    if (length > this.#mss && length < this.#sendable(0)) length -= length % this.#mss
+    const length = this.next(payloadMax)
+    this.#force = false
     if (length > 0) {
       plan.offset = sequenceDistance(this.#next, this.#dataStart)
       plan.length = length
@@ -607,11 +613,15 @@ export class TcpConnection {
   /** Sends the first segment that is not acknowledged again. */
   #takeRepeated(plan: TcpPlan, payloadMax: number): void {
     const flight = sequenceDistance(this.#highest, this.#unacknowledged)
-    const length = Math.min(payloadMax, this.#mss, this.#queue.length, flight)
+    const length = Math.min(payloadMax, this.#repeatable)
     plan.sequence = this.#unacknowledged
     plan.length = length
     if (this.#finQueued && length === this.#queue.length && flight > length) plan.flags |= TCP_FIN
     this.#timer.forgetSample()
+  }
+
+  get #repeatable(): number {
+    return Math.min(this.#mss, this.#queue.length, sequenceDistance(this.#highest, this.#unacknowledged))
   }
 
   #sent(next: number, now: number): void {

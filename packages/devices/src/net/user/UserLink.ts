@@ -25,6 +25,8 @@ import type { UserNetPlan } from "./UserNetPlan.ts"
 
 /** Where the packet of TCP, UDP or ICMP begins in a frame that is sent. */
 const TRANSPORT = ETHERNET_HEADER + IPV4_HEADER
+/** Bytes of all headers of a segment with payload. */
+export const TCP_HEADERS = TRANSPORT + TCP_HEADER
 /** Bytes of all headers of a segment with options. */
 export const TCP_HEADERS_MAX = TRANSPORT + TCP_HEADER + TCP_SYN_OPTIONS
 
@@ -57,10 +59,9 @@ export class UserLink {
     this.mac = Uint8Array.of(0x52, 0x55, plan.gateway >>> 24, plan.gateway >>> 16, plan.gateway >>> 8, plan.gateway)
   }
 
-  /** The most bytes of payload in the next TCP segment of a connection, in `room` bytes of buffers. At least 1. */
-  payloadMax(connection: TcpConnection, room: number): number {
-    const allowed = (this.offloads & Offload.TSO4) === 0 ? connection.mss : 0xffff - IPV4_HEADER - TCP_HEADER
-    return Math.min(allowed, room - TRANSPORT - TCP_HEADER)
+  /** The most bytes of payload in a TCP segment of a connection. */
+  payloadMax(connection: TcpConnection): number {
+    return (this.offloads & Offload.TSO4) === 0 ? connection.mss : 0xffff - IPV4_HEADER - TCP_HEADER
   }
 
   /** Writes the segment of a plan into buffers, at least {@link TCP_HEADERS_MAX} bytes and its payload. Returns its length. */

@@ -98,6 +98,7 @@ export class UserNet implements NetPort {
 
   readonly allowOffloads = (offloads: number): void => {
     this.#link.offloads = offloads & this.delivers
+    this.#tcp.forgetRoom()
   }
 
   readonly send = (frame: NetFrame): boolean => {

@@ -11,7 +11,7 @@ import type { NetDecision } from "./NetPolicy.ts"
 import { putU16, putU32 } from "./Octets.ts"
 import { TcpConnection, type TcpPeer, TcpPlan, TcpState } from "./TcpConnection.ts"
 import { sequenceAdd, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, type TcpHeader } from "./TcpHeader.ts"
-import { type Ends, TCP_HEADERS_MAX, type UserLink } from "./UserLink.ts"
+import { type Ends, TCP_HEADERS, TCP_HEADERS_MAX, type UserLink } from "./UserLink.ts"
 import type { UserNetHost } from "./UserNetHost.ts"
 
 /** How long the host's end of a connection that is over for the guest may take to pass on what it has, in milliseconds. */
@@ -93,6 +93,10 @@ export class UserTcp {
   readonly #all = new Set<TcpFlow>()
   #lastReady: TcpFlow | undefined
   readonly #plan = new TcpPlan()
+  /** Whether {@link take} has asked for more room than a header needs. */
+  #largeRefused = false
+  /** Whether there was no room for a large segment. */
+  #smallRoom = false
   #closed = false
 
   constructor(link: UserLink, host: UserNetHost, names: DnsNames, notify: () => void) {
@@ -160,26 +164,45 @@ export class UserTcp {
     return flow
   }
 
-  /** Puts the next segment into buffers. Returns its length, 0 when there is none, and minus the room that it wants. */
+  /**
+   * Puts the next segment into buffers. Returns its length, 0 when there is none, and minus the room that it wants: large segments
+   * ask for the room that they need, until they are told by {@link discard} that there is none.
+   */
   take(frame: NetFrame): number {
     for (;;) {
       const last = this.#lastReady
       const flow = last?.nextReady
       if (last === undefined || flow === undefined) return 0
-      if (frame.size <= TCP_HEADERS_MAX) return -(TCP_HEADERS_MAX + 1)
-      this.#unqueue(last, flow)
+      this.#largeRefused = frame.size > TCP_HEADERS_MAX
+      if (!this.#largeRefused) return -(TCP_HEADERS_MAX + 1)
       const { connection } = flow
-      const took = connection.take(this.#plan, this.#link.payloadMax(connection, frame.size), this.host.now())
+      const room = frame.size - TCP_HEADERS
+      let payload = connection.next(this.#link.payloadMax(connection))
+      if (payload > room) {
+        if (!this.#smallRoom) return -(TCP_HEADERS + payload)
+        payload = room
+      }
+      this.#unqueue(last, flow)
+      const took = connection.take(this.#plan, payload, this.host.now())
       const length = took ? this.#link.writeSegment(frame, flow, connection, this.#plan) : 0
       this.changed(flow)
       if (took) return length
     }
   }
 
-  /** Loses the turn of the next connection: it will repeat what it has to say. */
+  /** There is no room for the next segment: from now on segments are as large as the room that there is, or wait if there is none. */
   discard(): void {
+    if (this.#largeRefused) {
+      this.#smallRoom = true
+      return
+    }
     const last = this.#lastReady
     if (last?.nextReady !== undefined) this.#unqueue(last, last.nextReady)
+  }
+
+  /** The offloads have changed, and with them the room perhaps. */
+  forgetRoom(): void {
+    this.#smallRoom = false
   }
 
   /** Whether some connection has something for the guest. */
