@@ -32,6 +32,11 @@ export const BLOCK_BACKING_MAX = 8
 /** The most network devices of one machine. */
 export const MAX_NET_DEVICES = 32
 
+/** The most ports of a console. */
+export const CONSOLE_PORTS_MAX = 31
+/** The most characters of the name of a console's port. */
+export const CONSOLE_PORT_NAME_MAX = 64
+
 const BLOCK_DEVICE_ID = new RegExp(`^[ -~]{1,${MAX_BLOCK_DEVICE_ID}}$`)
 
 const SUFFIXES: { readonly [suffix: string]: number } = { b: 1, k: 2 ** 10, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30 }
@@ -173,6 +178,16 @@ export const GuestConfig = Schema.Struct({
   virtioBalloon: off,
   /** The console. Default: off. */
   virtioConsole: off,
+  /** Names of further ports of the console (on Linux `/dev/virtio-ports/NAME`). Only with `virtioConsole`. Default: none. */
+  consolePorts: Schema.Array(Schema.NonEmptyString.check(Schema.isMaxLength(CONSOLE_PORT_NAME_MAX)))
+    .pipe(Schema.withDecodingDefaultKey(Effect.succeed([]))),
+  /**
+   * The most ports that the console can ever have, with itself: more can be added while the guest runs. Default: itself and
+   * `consolePorts`.
+   */
+  consolePortsMax: Schema.optionalKey(
+    Schema.Int.check(Schema.isBetween({ minimum: 1, maximum: CONSOLE_PORTS_MAX }))
+  ),
   /** The display, with keyboard and pointer. Default: off. */
   virtioGpu: off,
   /** The entropy device. Default: off. */
@@ -239,8 +254,8 @@ export const EXISTING_DEVICES: ReadonlySet<DeviceFlag> = new Set<DeviceFlag>([
 /** A field that asks for devices: a flag, or a list of them (`defaultNet` is an entry of `netDevices`). */
 export type DeviceField = DeviceFlag | "blockDevices" | "netDevices"
 
-/** The interface that `defaultNet` asks for. */
-export const DEFAULT_NET: NetSpec = { macAddress: "02:1a:11:00:01:00", enableBridge: true }
+/** The interface that `defaultNet` asks for. It is not bridged, so that every back end can connect it. */
+export const DEFAULT_NET: NetSpec = { macAddress: "02:1a:11:00:01:00", enableBridge: false }
 
 /** The network interfaces of a configuration: `netDevices`, and behind them {@link DEFAULT_NET} with `defaultNet`. */
 export const netSpecs = (config: Pick<GuestConfig, "defaultNet" | "netDevices">): ReadonlyArray<NetSpec> =>
@@ -371,6 +386,15 @@ const checkRules = (config: typeof GuestConfig.Type): Array<ConfigIssue> => {
   })
   issues.push(...checkDisks(config.blockDevices))
   issues.push(...checkInterfaces(config))
+  config.consolePorts.forEach((name, index) => {
+    const first = config.consolePorts.indexOf(name)
+    if (first < index) issues.push(rule(`consolePorts[${index}]`, `must differ from consolePorts[${first}]`, name))
+  })
+  const portsMax = config.consolePortsMax ?? 1 + config.consolePorts.length
+  if (portsMax < 1 + config.consolePorts.length || portsMax > CONSOLE_PORTS_MAX) {
+    const text = `must be from 1 + the number of consolePorts to ${CONSOLE_PORTS_MAX}`
+    issues.push(rule("consolePortsMax", text, portsMax))
+  }
   if (config.virtioMem) {
     const { virtioMemBlockSize: block, virtioMemRegionAlignment: alignment, virtioMemRegionSize: region } = config
     if (block === undefined || !isPowerOfTwo(block) || block < PAGE_SIZE) {

@@ -32,6 +32,7 @@ describe("GuestConfig", () => {
       defaultNet: false,
       virtioBalloon: false,
       virtioConsole: false,
+      consolePorts: [],
       virtioGpu: false,
       virtioRng: false,
       virtioVsock: false,
@@ -44,6 +45,14 @@ describe("GuestConfig", () => {
       bootProtocol: "auto"
     }
     assert.deepStrictEqual<unknown>(decoded(minimal), expected)
+  })
+
+  it("limits the console's ports, which differ in their names", () => {
+    const fields = (input: object) => issuesOf({ ...minimal, ...input }).map((issue) => issue.field)
+    assert.deepStrictEqual(fields({ consolePorts: ["a", "b", "a"] }), ["consolePorts[2]"])
+    assert.deepStrictEqual(fields({ consolePorts: ["a", "b"], consolePortsMax: 2 }), ["consolePortsMax"])
+    assert.deepStrictEqual(fields({ consolePorts: Array.from({ length: 31 }, (_, i) => `${i}`) }), ["consolePortsMax"])
+    assert.strictEqual(decoded({ ...minimal, consolePorts: ["a"], consolePortsMax: 31 }).consolePortsMax, 31)
   })
 
   it("rounds memory up to whole pages, within its limits", () => {

@@ -220,7 +220,8 @@ export class TransportState {
 
   /** Writes the configuration space. */
   writeConfig(offset: number, size: number, value: number): void {
-    if ((this.#status & FEATURES_OK) === 0 || this.#resetting || offset + size > this.#ports.config.byteLength) return
+    if (this.#resetting || offset + size > this.#ports.config.byteLength) return
+    if ((this.#status & FEATURES_OK) === 0 && this.#device.isWritableEarly?.(offset) !== true) return
     this.#behaviour?.writeConfig?.(offset, size, value)
     this.#settle()
   }

@@ -72,6 +72,8 @@ export interface VirtioDevice {
   readonly queueSizes: ReadonlyArray<number>
   /** The configuration space at first, at most {@link CONFIG_SIZE_MAX} bytes. */
   readonly config: Uint8Array
+  /** Whether a driver may write this field of the configuration space before the features are agreed. Default: no field. */
+  readonly isWritableEarly?: (offset: number) => boolean
   /** Whether the device can work with these features, each of which was offered. Default: always. */
   readonly accepts?: (features: Features) => boolean
   /** Starts the device, or starts it again when `context.generation` is not 0. */
