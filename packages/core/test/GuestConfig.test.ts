@@ -1,4 +1,12 @@
-import { CPUS_MAX, decodeGuestConfig, GUEST_MEMORY_MAX, GUEST_MEMORY_MIN, parseBytes } from "@troupe/core/GuestConfig"
+import {
+  CPUS_MAX,
+  decodeGuestConfig,
+  DEFAULT_NET,
+  GUEST_MEMORY_MAX,
+  GUEST_MEMORY_MIN,
+  netSpecs,
+  parseBytes
+} from "@troupe/core/GuestConfig"
 import { PAGE_SIZE } from "@troupe/core/GuestMemory"
 import * as Result from "effect/Result"
 import * as fc from "fast-check"
@@ -119,6 +127,40 @@ describe("GuestConfig", () => {
       rule: "must differ from vsockListeners[0].port",
       value: "1"
     }])
+  })
+
+  it("refuses interfaces whose address is no station's, or another one's", () => {
+    const net = (macAddress: string) => ({ macAddress, enableBridge: false })
+    const issues = issuesOf({
+      ...minimal,
+      defaultNet: true,
+      netDevices: [
+        net("02:00:00:00:00:0a"),
+        net("01:00:5e:00:00:01"),
+        net("00:00:00:00:00:00"),
+        net("02:00:00:00:00:0A"),
+        net(DEFAULT_NET.macAddress)
+      ]
+    })
+    assert.deepStrictEqual(issues.map(({ field }) => field), [
+      "netDevices[1].macAddress",
+      "netDevices[2].macAddress",
+      "netDevices[3].macAddress",
+      "defaultNet"
+    ])
+    assert.deepStrictEqual(issues.slice(2).map(({ rule }) => rule), [
+      "must differ from netDevices[0].macAddress",
+      "must differ from netDevices[4].macAddress"
+    ])
+    assert.deepStrictEqual(issuesOf({ ...minimal, netDevices: [net("02-00-00-00-00-0a")] }).map(({ field }) => field), [
+      "netDevices[0].macAddress"
+    ])
+    const many = Array.from({ length: 32 }, (_, i) => net(`02:00:00:00:00:${(i + 16).toString(16)}`))
+    assert.strictEqual(netSpecs(decoded({ ...minimal, netDevices: many })).length, 32)
+    assert.deepStrictEqual(issuesOf({ ...minimal, netDevices: many, defaultNet: true }).map(({ field }) => field), [
+      "defaultNet"
+    ])
+    assert.deepStrictEqual(netSpecs(decoded({ ...minimal, defaultNet: true })), [DEFAULT_NET])
   })
 
   it("never throws, whatever it is given", () => {

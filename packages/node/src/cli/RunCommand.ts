@@ -8,12 +8,14 @@ import * as Flag from "effect/cli/Flag"
 import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
+import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
 import { fromPath } from "../HostFile.ts"
 import * as KvmGuestLifecycle from "../KvmGuestLifecycle.ts"
 import { diskSyntax, parseDisk } from "./DiskOption.ts"
 import { describeStop, ExitCode, exitCodeHelp, exitCodeOfError, exitCodeOfStop } from "./ExitCode.ts"
 import { ExitStatus } from "./ExitStatus.ts"
+import { layerNets, netSyntax, parseNet } from "./NetOption.ts"
 import { makeProgress } from "./Progress.ts"
 import { OutputLost, showOutput, typeInput } from "./Terminal.ts"
 
@@ -61,6 +63,15 @@ const flags = {
     ),
     Flag.atLeast(0)
   ),
+  net: Flag.String("net").pipe(
+    Flag.withAlias("n"),
+    Flag.withMetavar(netSyntax),
+    Flag.withDescription(
+      "A network interface: on a network that this process plays (user: needs no privilege), or a TAP interface of the host, " +
+        "which may be in a bridge. More than one with more flags"
+    ),
+    Flag.atLeast(0)
+  ),
   cpuidMask: Flag.String("cpuid-mask").pipe(
     Flag.withDescription("CPU features to hide from the guest, e.g. cx16,popcnt; without it, what this KVM cannot run"),
     Flag.optional
@@ -74,6 +85,10 @@ const flags = {
 
 /** `troupe run`. */
 export const runCommand = Command.make("run", flags, (input) => {
+  const nets = input.net.map(parseNet)
+  const wrong = nets.filter((net) => typeof net === "string")
+  if (wrong.length > 0) return ExitStatus.fail(ExitCode.BAD_INPUT, wrong.join("\n"))
+  const interfaces = nets.filter((net) => typeof net === "object")
   const config: GuestConfigInput = {
     kernelType: "LINUX",
     kernel: fromPath(input.kernel),
@@ -83,6 +98,7 @@ export const runCommand = Command.make("run", flags, (input) => {
     guestMemory: input.memory,
     virtioRng: input.rng,
     blockDevices: input.disk.map(parseDisk),
+    netDevices: interfaces.map(({ spec }) => spec),
     bootProtocol: input.bootProtocol
   }
   const hiddenCpuFeatures = Option.match(input.cpuidMask, {
@@ -91,7 +107,7 @@ export const runCommand = Command.make("run", flags, (input) => {
   })
   return runGuest(config, input.kernel, input.quiet).pipe(
     Effect.updateService(MachinePolicy, ({ device }) => ({ device, reset: input.onReset })),
-    Effect.provide(KvmGuestLifecycle.layerWith({ hiddenCpuFeatures })),
+    Effect.provide(KvmGuestLifecycle.layerWith({ hiddenCpuFeatures }).pipe(Layer.provide(layerNets(interfaces)))),
     Effect.catchTag(
       ["HypervisorError", "FfiUnavailable", "CpuFeatureUnknown"],
       (error) => ExitStatus.fail(1, error.message)
@@ -109,6 +125,10 @@ export const runCommand = Command.make("run", flags, (input) => {
     {
       command: "troupe run --kernel vmlinuz --initrd initrd.img --disk root.qcow2,qcow2 --disk data.img,ro",
       description: "The same with two disks"
+    },
+    {
+      command: "troupe run --kernel vmlinuz --initrd initrd.img --net user",
+      description: "The same with a network"
     }
   ])
 )
