@@ -1,18 +1,36 @@
 /** Disks: opens what a configuration names, puts formats and modes over it, and makes block devices of it. */
 import { type BlockBackend, BlockBackendError, SECTOR_SIZE } from "@troupe/core/BlockBackend"
+import type { BlockAccess } from "@troupe/core/BlockClient"
 import { BLOCK_EVENTS_MAX, BlockDevices, type BlockEvent } from "@troupe/core/BlockDevices"
 import { type Device, DeviceFailure } from "@troupe/core/Device"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
-import type { BlockSpec, GuestConfig } from "@troupe/core/GuestConfig"
+import type { BlockBacking, BlockSpec, GuestConfig } from "@troupe/core/GuestConfig"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
 import * as PubSub from "effect/PubSub"
 import type * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
+import { openQcow2 } from "./block/qcow2/Qcow2Backend.ts"
 import { type VirtioBlk, virtioBlk } from "./block/VirtioBlk.ts"
 import { makeVolatileBackend } from "./block/VolatileBackend.ts"
 import { virtioOn } from "./virtio/VirtioTransport.ts"
+
+/** Puts the format over what a client opened, and opens what an image is the difference to. */
+const openFormat = Effect.fnUntraced(
+  function*(
+    spec: BlockSpec | BlockBacking,
+    below: BlockBackend,
+    access: BlockAccess
+  ): Effect.fn.Return<BlockBackend, BlockBackendError, Scope.Scope> {
+    if (spec.format !== "QCOW") return below
+    const readOnly = access === "read-only"
+    if (spec.backing === undefined) return yield* openQcow2(below, { readOnly })
+    const opened = yield* spec.backing.client.open("read-only")
+    const backing = yield* openFormat(spec.backing, opened, "read-only")
+    return yield* openQcow2(below, { readOnly, backing })
+  }
+)
 
 /** Opens a disk: the client, the format over it, the mode over that. */
 export const openDisk = Effect.fnUntraced(
@@ -31,7 +49,8 @@ export const openDisk = Effect.fnUntraced(
     if (!Number.isInteger(Math.log2(blockSize)) || blockSize < SECTOR_SIZE || blockSize > 0x1_0000) {
       return yield* wrong(`a block size of ${blockSize}`, "It is a power of two from 512 to 65536")
     }
-    return spec.mode === "VOLATILE_WRITE" ? makeVolatileBackend(backend, spec.volatileLimit) : backend
+    const disk = yield* openFormat(spec, backend, access)
+    return spec.mode === "VOLATILE_WRITE" ? makeVolatileBackend(disk, spec.volatileLimit) : disk
   }
 )
 
