@@ -221,7 +221,7 @@ export class ConnectionModel {
     }
   }
 
-  #send(end: GuestEnd, op: number, flags = 0, data = new Uint8Array(0)): void {
+  #send(end: GuestEnd, op: number, flags = 0, data: Uint8Array = new Uint8Array(0)): void {
     const packet = {
       op,
       flags,

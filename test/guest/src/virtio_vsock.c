@@ -110,7 +110,7 @@ static struct connection *open(enum state state, u32 port, u32 to, u32 wants) {
     if (c->state != UNUSED) continue;
     u8 *ring = c->ring;
     *c = (struct connection){.state = state, .port = port, .host_port = to, .wants = wants, .ring = ring};
-    begun++;
+    if (state != CLOSED) begun++;
     return c;
   }
   return NULL;
@@ -187,7 +187,11 @@ static bool say_wants(struct connection *c) {
     if (!send(c, packets[i].op, packets[i].op == OP_SHUTDOWN ? SHUT_BOTH : 0, NULL, 0)) return false;
     c->wants &= ~packets[i].want;
     if (packets[i].op == OP_RST) {
-      close(c);
+      /* One that was refused was never there. */
+      if (c->state == CLOSED)
+        c->state = UNUSED;
+      else
+        close(c);
       return false;
     }
   }
