@@ -11,6 +11,7 @@ import type * as Layer from "effect/Layer"
 import { NetLine } from "./net/NetLine.ts"
 import { withSoftwareOffloads } from "./net/SoftwareOffloads.ts"
 import { virtioNet } from "./net/VirtioNet.ts"
+import { makeThrottle } from "./Throttle.ts"
 import { virtioOn } from "./virtio/VirtioTransport.ts"
 
 /** A network device that is started again a few times, at growing intervals, when it fails. Its port stays open. */
@@ -33,7 +34,7 @@ export const layerNet: Layer.Layer<DeviceCatalog, never, DeviceCatalog> = Device
           hint: "Provide a layer of NetBackend, such as Tap.layer, to the layer of the devices"
         }))
       const lines: Array<NetLine> = []
-      for (const [index, { enableBridge, macAddress }] of netSpecs(config).entries()) {
+      for (const [index, { enableBridge, macAddress, rxRateLimit, txRateLimit }] of netSpecs(config).entries()) {
         const request = { index, name: `net${index}`, macAddress: macAddress.toLowerCase(), enableBridge }
         const port = yield* backend.open(request).pipe(
           Effect.mapError(({ detail, hint, operation }) =>
@@ -44,7 +45,14 @@ export const layerNet: Layer.Layer<DeviceCatalog, never, DeviceCatalog> = Device
             })
           )
         )
-        lines.push(yield* NetLine.make({ ...request, port: withSoftwareOffloads(port) }))
+        lines.push(
+          yield* NetLine.make({
+            ...request,
+            port: withSoftwareOffloads(port),
+            receiveThrottle: yield* makeThrottle(rxRateLimit),
+            sendThrottle: yield* makeThrottle(txRateLimit)
+          })
+        )
       }
       const interfaces = Context.make(NetInterfaces, { interfaces: lines.map((line) => line.interface) })
       return lines.map((line, index) =>

@@ -12,6 +12,7 @@ import * as Effect from "effect/Effect"
 import * as PubSub from "effect/PubSub"
 import type * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
+import { Throttle } from "../Throttle.ts"
 
 /** The reasons for which frames are lost, in the order of their counters. */
 export const DROP_REASONS: ReadonlyArray<NetDropReason> = [
@@ -31,7 +32,12 @@ export interface NetLineOptions {
   readonly name: string
   readonly macAddress: string
   readonly port: NetPort
+  /** The limit of what the guest receives, and of what it sends. Default: none. */
+  readonly receiveThrottle?: Throttle
+  readonly sendThrottle?: Throttle
 }
+
+const unlimited = (): Throttle => new Throttle(undefined, () => 0)
 
 /** The state of an interface. */
 export class NetLine {
@@ -40,6 +46,8 @@ export class NetLine {
   readonly macAddress: string
   readonly macBytes: Uint8Array<ArrayBuffer>
   readonly port: NetPort
+  readonly receiveThrottle: Throttle
+  readonly sendThrottle: Throttle
   sentFrames = 0
   sentBytes = 0
   receivedFrames = 0
@@ -61,6 +69,8 @@ export class NetLine {
     this.macAddress = options.macAddress
     this.macBytes = macAddressBytes(options.macAddress).subarray(0, MAC_ADDRESS_SIZE)
     this.port = options.port
+    this.receiveThrottle = options.receiveThrottle ?? unlimited()
+    this.sendThrottle = options.sendThrottle ?? unlimited()
     this.#events = events
   }
 

@@ -39,6 +39,8 @@ export class NetReceive {
   #count = 0
   /** Bytes of frames that the held chains have room for. */
   #room = 0
+  /** Length of a frame in the held chains that the rate limit has not admitted yet; 0 when there is none. */
+  #pending = 0
   /** How many small frames in a row will do until only {@link SMALL_ROOM} is offered. */
   #large = 0
 
@@ -65,6 +67,8 @@ export class NetReceive {
     this.#count = 0
     this.#room = 0
     this.#large = 0
+    this.#pending = 0
+    this.#line.receiveThrottle.reset()
     this.#frame.clear()
   }
 
@@ -88,8 +92,7 @@ export class NetReceive {
     for (let frames = NET_FRAMES_PER_TURN; frames > 0 && bytes > 0; frames--) {
       this.#fill(queue, this.#large > 0 ? FRAME_SIZE_MAX : SMALL_ROOM)
       if (this.#count === 0) return queue.resumeNotifications()
-      this.#offer()
-      const length = line.port.receive(frame)
+      const length = this.#next()
       if (length === 0) return false
       if (length < 0) {
         this.#large = SMALL_FRAMES
@@ -105,6 +108,10 @@ export class NetReceive {
       if (length > SMALL_ROOM) this.#large = SMALL_FRAMES
       else if (this.#large > 0) this.#large--
       bytes -= length
+      if (!line.receiveThrottle.admit(length)) {
+        this.#pending = length
+        return false
+      }
       if (length < ETHERNET_HEADER_SIZE) {
         line.drop(Drop.BAD_SIZE)
       } else if ((offloadsOf(frame) & ~this.offloads) !== 0) {
@@ -121,9 +128,19 @@ export class NetReceive {
     return true
   }
 
+  /** The length of the next frame, which is in the held chains, as the port's `receive` says it. */
+  #next(): number {
+    const pending = this.#pending
+    this.#pending = 0
+    if (pending > 0) return pending
+    this.#offer()
+    return this.#line.port.receive(this.#frame)
+  }
+
   /** The link is down: what comes is lost. */
   #lose(): boolean {
     const { port } = this.#line
+    this.#pending = 0
     for (let frames = NET_FRAMES_PER_TURN; frames > 0; frames--) {
       if (port.receive(this.#nothing) === 0) return false
       port.discard()

@@ -2,7 +2,7 @@
  * The transmit queue (virtio 1.3, section 5.1.6.2): chains of a header and a frame, which go to the port where they lie.
  *
  * The header is copied, checked, and then used. A frame that breaks a rule is lost and counted, and the queue goes on. When the
- * port has no room, the frame waits in its chain until the port says that it has.
+ * port has no room, or the rate limit no tokens, the frame waits in its chain until they have.
  */
 import { Offload } from "@troupe/core/NetBackend"
 import {
@@ -39,8 +39,9 @@ export class NetTransmit {
   #queue: Virtqueue | undefined
   /** The offloads that were negotiated, bits of `Offload`. */
   #offloads = 0
-  /** The chain holds a frame that the port had no room for. */
+  /** The chain holds a frame that is not sent yet: the rate limit has not admitted it, or the port had no room for it. */
   #waiting = false
+  #admitted = false
 
   constructor(line: NetLine, queueSize: number) {
     this.#line = line
@@ -58,6 +59,8 @@ export class NetTransmit {
   stop(): void {
     this.#queue = undefined
     this.#waiting = false
+    this.#admitted = false
+    this.#line.sendThrottle.reset()
     this.#chain.clear()
     this.#frame.clear()
   }
@@ -94,12 +97,14 @@ export class NetTransmit {
         }
       }
       const size = frame.size
-      if (!line.port.send(frame)) {
-        this.#waiting = true
+      this.#waiting = true
+      this.#admitted ||= line.sendThrottle.admit(size)
+      if (!this.#admitted || !line.port.send(frame)) {
         if (completed) line.batches++
         return false
       }
       this.#waiting = false
+      this.#admitted = false
       line.sentFrames++
       line.sentBytes += size
       bytes -= size

@@ -150,6 +150,10 @@ const makeBehaviour = (line: NetLine, context: VirtioContext): VirtioBehaviour =
       }
       return ready && turn(number === SIGNAL_READABLE ? NetQueue.RECEIVE : NetQueue.TRANSMIT)
     },
+    run: Effect.raceFirst(
+      line.receiveThrottle.run(() => context.signal(SIGNAL_READABLE)),
+      line.sendThrottle.run(() => context.signal(SIGNAL_WRITABLE))
+    ),
     reset: () => {
       receive.stop()
       transmit.stop()
