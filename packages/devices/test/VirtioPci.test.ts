@@ -216,6 +216,13 @@ describe("VirtioPci", () => {
         [Common.queue_desc, Common.queue_driver, Common.queue_device].map((register) => read(register, 4)),
         [0x1000, 0x2000, 0x3000]
       )
+      // What it shows is a size that a queue can have.
+      write(Common.queue_select, 2, 1)
+      for (const size of [0, 3, 0xffff]) {
+        write(Common.queue_size, 2, size)
+        assert.strictEqual(read(Common.queue_size, 2), 4)
+      }
+      write(Common.queue_select, 2, 0)
       // A ready queue is frozen, and 0 does not stop it.
       write(Common.queue_size, 2, 2)
       write(Common.queue_enable, 2, 0)
@@ -286,6 +293,25 @@ describe("VirtioPci", () => {
       for (const { chain, queue } of device.held.splice(0)) device.driver?.queues[queue]?.complete(chain, 1)
       harness.behaviour.signal?.(1)
       assert.deepStrictEqual(sent(harness), [0, 0, 1])
+    }))
+
+  it.effect("interrupts nobody for what is mapped to no vector", () =>
+    Effect.gen(function*() {
+      const { cpu, device, harness, start, write } = yield* started
+      const driver = start()
+      write(Common.queue_msix_vector, 2, NO_VECTOR)
+      write(Common.config_msix_vector, 2, NO_VECTOR)
+      for (const queue of [0, 1]) {
+        write(Common.queue_select, 2, queue)
+        write(Common.queue_msix_vector, 2, NO_VECTOR)
+        runGuest(driver.send(cpu, queue, [[{ address: DATA_ADDRESS, length: 4, writable: true }]]))
+        harness.settle()
+        harness.behaviour.signal?.(0)
+        assert.isDefined(driver.queue(queue).poll())
+      }
+      device.context?.updateConfig((config) => config.setUint8(0, 9))
+      assert.deepStrictEqual(sent(harness), [0, 0, 0])
+      assert.deepStrictEqual([0, 1, 2].map((entry) => runGuest(driver.isPending(cpu, entry))), [false, false, false])
     }))
 
   it.effect("without MSI-X says in its status registers what a driver that polls wants to know", () =>

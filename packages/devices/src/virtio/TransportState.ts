@@ -146,6 +146,11 @@ export class TransportState {
     return select === 0 ? this.#driverLow : select === 1 ? this.#driverHigh : 0
   }
 
+  /** Whether the driver accepts a feature. */
+  hasAccepted(feature: number): boolean {
+    return hasFeature(this.#features, feature)
+  }
+
   /** The registers of a queue, or `undefined` when there is no such queue. */
   queueRegisters(queue: number): Readonly<QueueRegisters> | undefined {
     return this.#queueRegisters[queue]

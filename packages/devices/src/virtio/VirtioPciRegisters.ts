@@ -7,6 +7,7 @@ import { Msix, MSIX_CONTROL } from "../pci/Msix.ts"
 import { PciConfigSpace, type PciFunction } from "../pci/PciConfigSpace.ts"
 import { PciStatus } from "../pci/PciLayout.ts"
 import { readPage } from "../RegisterPage.ts"
+import { VIRTIO_F_RING_PACKED } from "./Features.ts"
 import type { MachinePorts } from "./TransportStart.ts"
 import { type QueueRegister, TransportState } from "./TransportState.ts"
 import { CONFIG_SIZE_MAX, type VirtioDevice } from "./VirtioDevice.ts"
@@ -53,6 +54,8 @@ const commonSize = (offset: number): number =>
     : offset === Common.device_status || offset === Common.config_generation
     ? 1
     : 2
+
+const isPowerOfTwo = (value: number): boolean => value > 0 && (value & (value - 1)) === 0
 
 /** One virtio-pci function's registers. All methods are synchronous; none throws for what a guest does. */
 export class PciRegisters {
@@ -167,7 +170,10 @@ export class PciRegisters {
         this.#queueSelect = value
         break
       case Common.queue_size:
-        state.writeQueue(this.#queueSelect, "size", value)
+        // What it shows is a size that a queue can have (section 4.1.4.3.1).
+        if (state.hasAccepted(VIRTIO_F_RING_PACKED) || isPowerOfTwo(value)) {
+          state.writeQueue(this.#queueSelect, "size", value)
+        }
         break
       case Common.queue_msix_vector:
         if (this.#queueSelect < this.#queueVectors.length) this.#queueVectors[this.#queueSelect] = this.#mapped(value)
