@@ -185,6 +185,7 @@ export class VsockStream {
   readonly driver: VsockDriver
   readonly port: number
   readonly hostPort: number
+  readonly #cid: number
   #hostBufAlloc = 0
   #hostFwdCnt = 0
   #sent = 0
@@ -193,20 +194,22 @@ export class VsockStream {
   /** Data that came while the stream waited for something else. */
   #waiting: Array<Uint8Array> = []
 
-  private constructor(driver: VsockDriver, port: number, hostPort: number) {
+  private constructor(driver: VsockDriver, port: number, hostPort: number, cid: number) {
     this.driver = driver
+    this.#cid = cid
     this.port = port
     this.hostPort = hostPort
   }
 
-  /** Connects to a port of the host. `undefined` when it refuses. */
+  /** Connects to a port of the host, or of another guest. `undefined` when it refuses. */
   static *connect(
     cpu: GuestCpu,
     driver: VsockDriver,
     port: number,
-    hostPort: number
+    hostPort: number,
+    cid: number = HOST_CID
   ): GuestRoutine<VsockStream | undefined> {
-    const stream = new VsockStream(driver, port, hostPort)
+    const stream = new VsockStream(driver, port, hostPort, cid)
     yield* stream.#send(cpu, VsockDriverOp.REQUEST)
     return (yield* stream.#next(cpu)) === VsockDriverOp.RESPONSE ? stream : undefined
   }
@@ -215,7 +218,7 @@ export class VsockStream {
   static *accept(cpu: GuestCpu, driver: VsockDriver, port: number): GuestRoutine<VsockStream> {
     const request = yield* driver.receive(cpu)
     if (request.op !== VsockDriverOp.REQUEST || request.dstPort !== port) throw new Error(`operation ${request.op}`)
-    const stream = new VsockStream(driver, port, request.srcPort)
+    const stream = new VsockStream(driver, port, request.srcPort, request.srcCid)
     stream.#takeCredit(request)
     yield* stream.#send(cpu, VsockDriverOp.RESPONSE)
     return stream
@@ -262,6 +265,7 @@ export class VsockStream {
     yield* this.driver.send(cpu, {
       op,
       flags,
+      dstCid: this.#cid,
       srcPort: this.port,
       dstPort: this.hostPort,
       bufAlloc: STREAM_BUFFER_SIZE,

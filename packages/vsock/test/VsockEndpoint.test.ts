@@ -1,0 +1,246 @@
+/** The endpoint of a machine as its host uses it: listeners, connections, ends, and guests that talk to each other. */
+import { assert, describe, it } from "@effect/vitest"
+import type { VsockSocket } from "@troupe/core/HostVsockEndpoint"
+import { VsockRefused } from "@troupe/core/HostVsockEndpoint"
+import { VsockStream } from "@troupe/core/testing/drivers/VsockDriver"
+import * as Deferred from "effect/Deferred"
+import * as Effect from "effect/Effect"
+import * as Fiber from "effect/Fiber"
+import * as Layer from "effect/Layer"
+import * as Ref from "effect/Ref"
+import * as Scope from "effect/Scope"
+import * as Stream from "effect/Stream"
+import { TestClock } from "effect/testing"
+import { VsockManager } from "../src/VsockManager.ts"
+import { create, guestOf, layerMachine } from "./Machines.ts"
+
+const encode = (text: string) => new TextEncoder().encode(text)
+const decode = (bytes: Uint8Array | undefined) => new TextDecoder().decode(bytes)
+
+/** One machine whose guests reach nobody but the host. */
+const alone = <A, E, R>(effect: Effect.Effect<A, E, R>) =>
+  Effect.flatMap(VsockManager, (manager) => Effect.provide(Effect.scoped(Effect.asVoid(effect)), layerMachine(manager)))
+    .pipe(
+      Effect.provide(VsockManager.layer)
+    )
+
+const idle = guestOf(function*() {})
+
+describe("Listening", () => {
+  it.effect("is for one at a time on each port, and ends with its scope", () =>
+    alone(Effect.gen(function*() {
+      const { endpoint } = yield* create(idle)
+      const accept = () => Effect.succeed(() => Effect.void)
+      yield* Effect.scoped(Effect.gen(function*() {
+        yield* endpoint.listen(5, accept)
+        const error = yield* Effect.flip(endpoint.listen(5, accept))
+        assert.deepInclude(error, { status: "ALREADY_BOUND", hostPort: 5 })
+        assert.include(error.message, "host port 5")
+      }))
+      yield* endpoint.listen(5, accept)
+      assert.deepInclude(yield* Effect.flip(endpoint.listen(-1, accept)), { status: "INVALID_ARGS", hostPort: -1 })
+    })))
+
+  it.effect("takes a port over that the configuration has, and the connections that wait there", () =>
+    alone(Effect.gen(function*() {
+      let answer = ""
+      const program = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 5)
+        answer = decode(yield* stream?.read(cpu) ?? [])
+      })
+      const { endpoint, lifecycle } = yield* create(program, [{ port: 5 }])
+      const run = yield* Effect.forkChild(lifecycle.run)
+      // The guest comes to its connection, and waits.
+      for (let turn = 0; turn < 100; turn++) yield* Effect.yieldNow
+      assert.strictEqual(answer, "")
+      yield* endpoint.listen(5, () => Effect.succeed((socket) => socket.write(encode("late"))))
+      yield* Fiber.join(run)
+      assert.strictEqual(answer, "late")
+    })))
+
+  it.effect("refuses by an acceptor that does not want a connection", () =>
+    alone(Effect.gen(function*() {
+      let isRefused = false
+      const program = guestOf(function*(cpu, vsock) {
+        isRefused = (yield* VsockStream.connect(cpu, vsock, 1000, 5)) === undefined
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      yield* endpoint.listen(5, ({ srcPort }) => Effect.fail(new VsockRefused({ reason: `not ${srcPort}` })))
+      yield* lifecycle.run
+      assert.isTrue(isRefused)
+    })))
+
+  it.effect("gives a stream of connections, each open until it is closed", () =>
+    alone(Effect.gen(function*() {
+      const program = guestOf(function*(cpu, vsock) {
+        for (const port of [1000, 1001]) {
+          const stream = yield* VsockStream.connect(cpu, vsock, port, 5)
+          if (stream === undefined) throw new Error("refused")
+          yield* stream.write(cpu, encode(`from ${port}`))
+          while ((yield* stream.read(cpu)) !== undefined);
+        }
+      })
+      const { endpoint, lifecycle } = yield* create(program, [{ port: 5 }])
+      const host = yield* Effect.forkChild(
+        endpoint.connections(5).pipe(
+          Stream.mapEffect((socket: VsockSocket) => Effect.tap(socket.read, () => socket.close)),
+          Stream.map(decode),
+          Stream.take(2),
+          Stream.runCollect
+        )
+      )
+      yield* lifecycle.run
+      assert.deepStrictEqual([...(yield* Fiber.join(host))], ["from 1000", "from 1001"])
+    })))
+})
+
+describe("A handler", () => {
+  it.effect("that fails resets its own connection, and no other", () =>
+    alone(Effect.gen(function*() {
+      const ends: Array<string> = []
+      const program = guestOf(function*(cpu, vsock) {
+        for (const port of [5, 6]) {
+          const stream = yield* VsockStream.connect(cpu, vsock, 1000 + port, port)
+          ends.push(decode(yield* stream?.read(cpu) ?? []))
+        }
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      yield* endpoint.listen(5, () => Effect.succeed(() => Effect.die(new Error("injected"))))
+      yield* endpoint.listen(6, () => Effect.succeed((socket) => socket.write(encode("fine"))))
+      yield* lifecycle.run
+      assert.deepStrictEqual(ends, ["", "fine"])
+    })))
+
+  it.effect("has a scope of its own, which closes with it", () =>
+    alone(Effect.gen(function*() {
+      const closed = yield* Ref.make(0)
+      const program = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 5)
+        while ((yield* stream?.read(cpu) ?? []) !== undefined);
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      yield* endpoint.listen(5, () =>
+        Effect.succeed(() => Effect.addFinalizer(() => Ref.update(closed, (count) => count + 1))))
+      yield* lifecycle.run
+      assert.strictEqual(yield* Ref.get(closed), 1)
+    })))
+
+  it.effect("is interrupted when its machine is gone", () =>
+    Effect.gen(function*() {
+      const interrupted = yield* Deferred.make<void>()
+      yield* alone(Effect.gen(function*() {
+        const program = guestOf(function*(cpu, vsock) {
+          yield* VsockStream.connect(cpu, vsock, 1000, 5)
+        })
+        const { endpoint, lifecycle } = yield* create(program)
+        yield* endpoint.listen(5, () =>
+          Effect.succeed(() => Effect.onInterrupt(Effect.never, () => Deferred.succeed(interrupted, undefined))))
+        yield* lifecycle.run
+      }))
+      yield* Deferred.await(interrupted)
+    }))
+})
+
+describe("Connecting", () => {
+  it.effect("can be given up, and the guest hears of it", () =>
+    alone(Effect.gen(function*() {
+      const packets: Array<number> = []
+      const asked = yield* Deferred.make<void>()
+      const program = guestOf(function*(cpu, vsock) {
+        packets.push((yield* vsock.receive(cpu)).op)
+        Deferred.doneUnsafe(asked, Effect.void)
+        packets.push((yield* vsock.receive(cpu)).op)
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      const run = yield* Effect.forkChild(lifecycle.run)
+      const connecting = yield* Effect.forkChild(Effect.scoped(endpoint.connect2(80)))
+      yield* Deferred.await(asked)
+      yield* Fiber.interrupt(connecting)
+      yield* Fiber.join(run)
+      assert.deepStrictEqual(packets, [1, 3])
+    })))
+
+  it.effect("has no time-out but that of the caller", () =>
+    alone(Effect.gen(function*() {
+      const { endpoint, lifecycle } = yield* create(guestOf(function*(cpu, vsock) {
+        yield* vsock.receive(cpu)
+        yield* vsock.receive(cpu)
+      }))
+      const run = yield* Effect.forkChild(lifecycle.run)
+      const connecting = yield* Effect.forkChild(
+        Effect.scoped(endpoint.connect2(80)).pipe(Effect.timeoutOption("1 minute"))
+      )
+      yield* TestClock.adjust("59 seconds")
+      assert.isUndefined(connecting.pollUnsafe())
+      yield* TestClock.adjust("1 second")
+      assert.strictEqual((yield* Fiber.join(connecting))._tag, "None")
+      yield* Fiber.join(run)
+    })))
+
+  it.effect("ends in good order with its scope, within five seconds of a guest that does not answer", () =>
+    alone(Effect.gen(function*() {
+      const packets: Array<number> = []
+      const { endpoint, lifecycle } = yield* create(guestOf(function*(cpu, vsock) {
+        const request = yield* vsock.receive(cpu)
+        yield* vsock.send(cpu, { op: 2, srcPort: request.dstPort, dstPort: request.srcPort, bufAlloc: 100 })
+        packets.push((yield* vsock.receive(cpu)).op)
+        packets.push((yield* vsock.receive(cpu)).op)
+      }))
+      const run = yield* Effect.forkChild(lifecycle.run)
+      const scope = yield* Scope.make()
+      yield* Scope.provide(endpoint.connect2(80), scope)
+      yield* Scope.close(scope, yield* Effect.exit(Effect.void))
+      yield* TestClock.adjust("5 seconds")
+      yield* Fiber.join(run)
+      assert.deepStrictEqual(packets, [4, 3])
+    })))
+})
+
+describe("Guests of one manager", () => {
+  const server = guestOf(function*(cpu, vsock) {
+    const stream = yield* VsockStream.accept(cpu, vsock, 80)
+    const question = yield* stream.read(cpu)
+    if (question !== undefined) yield* stream.write(cpu, encode(`${decode(question)} from ${vsock.cid}`))
+    while ((yield* stream.read(cpu)) !== undefined);
+  })
+
+  const two = (policy: boolean) =>
+    Effect.gen(function*() {
+      const manager = yield* VsockManager
+      let answer = "none"
+      const client = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 80, 3)
+        if (stream === undefined) {
+          answer = "refused"
+          return
+        }
+        yield* stream.write(cpu, encode("question"))
+        answer = decode(yield* stream.read(cpu))
+        yield* stream.close(cpu)
+      })
+      yield* Effect.scoped(Effect.gen(function*() {
+        const first = yield* Layer.build(layerMachine(manager))
+        const second = yield* Layer.build(layerMachine(manager))
+        const a = yield* Effect.provide(create(server), first)
+        const b = yield* Effect.provide(create(client), second)
+        assert.deepStrictEqual(yield* manager.guests, [3, 4])
+        assert.deepStrictEqual([a.endpoint.guestCid, b.endpoint.guestCid], [3, 4])
+        const serving = yield* Effect.forkChild(a.lifecycle.run)
+        yield* b.lifecycle.run
+        if (policy) yield* Fiber.join(serving)
+        else yield* Fiber.interrupt(serving)
+      }))
+      assert.deepStrictEqual(yield* manager.guests, [])
+      return answer
+    }).pipe(Effect.provide(VsockManager.layerWith({ policy: () => Effect.succeed(policy) })))
+
+  it.effect("have context IDs from 3 on, and talk to each other when the policy lets them", () =>
+    Effect.gen(function*() {
+      assert.strictEqual(yield* two(true), "question from 3")
+    }))
+
+  it.effect("are refused when it does not", () =>
+    Effect.gen(function*() {
+      assert.strictEqual(yield* two(false), "refused")
+    }))
+})
