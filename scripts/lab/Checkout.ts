@@ -1,6 +1,10 @@
 // The clone's own sources as an archive, taken into the lab at every start, and the npm packages they need.
+//
+// The types are taken out of the sources on the way: Node does that with a compiler in WebAssembly, which takes an emulated
+// processor half a minute, and which V8 has crashed on there when it optimised it.
 import { existsSync } from "node:fs"
 import { lstat, readdir, readFile, readlink, realpath } from "node:fs/promises"
+import { stripTypeScriptTypes } from "node:module"
 import { dirname, join, relative, sep } from "node:path"
 import { cloneRoot } from "./Cache.ts"
 import type { CpioEntry } from "./Cpio.ts"
@@ -9,6 +13,22 @@ import type { CpioEntry } from "./Cpio.ts"
 const SOURCES: ReadonlyArray<string> = ["package.json", "packages", "test", "scripts", "bench"]
 
 const LEFT_OUT = new Set(["dist", ".cache", "coverage", ".tsbuildinfo"])
+
+/** A module for Node's `--import` that has it take the sources in the lab as they are. */
+export const PLAIN_SOURCES = `import { readFileSync } from "node:fs"
+import { registerHooks } from "node:module"
+registerHooks({
+  load: (url, context, next) =>
+    url.startsWith("file:///repo/") && url.endsWith(".ts")
+      ? { format: "module", source: readFileSync(new URL(url), "utf8"), shortCircuit: true }
+      : next(url, context)
+})
+`
+
+const contentOf = async (path: string): Promise<Uint8Array> => {
+  const data = await readFile(path)
+  return path.endsWith(".ts") ? Buffer.from(stripTypeScriptTypes(data.toString())) : data
+}
 
 /** The sources below the clone as archive entries; of `node_modules` only the links. */
 export const checkoutEntries = async (): Promise<ReadonlyArray<CpioEntry>> => {
@@ -24,7 +44,7 @@ export const checkoutEntries = async (): Promise<ReadonlyArray<CpioEntry>> => {
       }
     } else if (stats.isFile() && !insideModules) {
       const mode = (stats.mode & 0o111) === 0 ? 0o644 : 0o755
-      entries.push({ type: "file", path, data: await readFile(join(cloneRoot, path)), mode })
+      entries.push({ type: "file", path, data: await contentOf(join(cloneRoot, path)), mode })
     }
   }
   for (const path of SOURCES) if (existsSync(join(cloneRoot, path))) await add(path, false)

@@ -1,6 +1,7 @@
 // The first userspace of the lab's outer machine: finds the root image, unpacks the sources, hands over to the agent.
 import { readFile } from "node:fs/promises"
 import { gzipSync } from "node:zlib"
+import { PLAIN_SOURCES } from "./Checkout.ts"
 import { encodeCpio } from "./Cpio.ts"
 import { initramfsEntries } from "./GuestInitramfs.ts"
 import { LabError } from "./LabError.ts"
@@ -25,7 +26,7 @@ mount -t debugfs debugfs /r/sys/kernel/debug
 mount -t tracefs tracefs /r/sys/kernel/tracing
 (cd /r/repo && cpio -i -d -m < /dev/vdb 2>/dev/null)
 ln -s /deps/node_modules /r/repo/node_modules
-cp /agent /r/run/agent
+cp /agent /plain.mjs /r/run/
 read -r up rest < /proc/uptime
 echo "LAB ready $up"
 # Should everything else fail to end this machine, it ends itself.
@@ -38,9 +39,10 @@ poweroff -f
 // One channel carries requests and output. A request is a line; the output is followed by a line that starts with the
 // request's own random name, which nothing that runs in the lab can know, and then by an archive of files.
 const AGENT = `
-export PATH=/bin:/usr/bin HOME=/root TMPDIR=/tmp NODE_NO_WARNINGS=1
+export PATH=/bin:/usr/bin HOME=/root TMPDIR=/tmp NODE_NO_WARNINGS=1 NODE_OPTIONS=--import=/run/plain.mjs
 # Compiling is slow on an emulated processor: what one job has compiled, the next ones need not.
 export NODE_COMPILE_CACHE=/tmp/compiled
+ip link set lo up
 exec 3<>/dev/vport0p1
 echo ready >&3
 while read -r name limit script <&3; do
@@ -72,5 +74,9 @@ export const buildOuterInitramfs = async (kernel: LinuxKernel): Promise<Buffer> 
   const modules = await kernel.modules.load(OUTER_MODULES)
   const entries = initramfsEntries(await readFile(kernel.busybox), init(modules.map(({ name }) => name)), modules)
   // Little compression: it is read once, by an emulated processor.
-  return gzipSync(encodeCpio([...entries, { type: "file", path: "agent", data: Buffer.from(AGENT) }]), { level: 1 })
+  const more = [["agent", AGENT], ["plain.mjs", PLAIN_SOURCES]] as const
+  return gzipSync(
+    encodeCpio([...entries, ...more.map(([path, text]) => ({ type: "file" as const, path, data: Buffer.from(text) }))]),
+    { level: 1 }
+  )
 }

@@ -5,7 +5,7 @@
  * endpoints, while the guest does what it is told over the serial port. It prints `ok STEP SECONDS` for each step that went well, and
  * ends with code 0 when all did.
  */
-import { type Guest, type GuestConfigInput, GuestLifecycle, type GuestStop, type Hypervisor } from "@troupe/core"
+import { type Guest, type GuestConfigInput, GuestLifecycle, type GuestStop } from "@troupe/core"
 import * as Console from "effect/Console"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
@@ -81,12 +81,11 @@ export const startLinux = Effect.fnUntraced(function*(config: Partial<GuestConfi
 })
 
 /** Runs a host program to its end and leaves the process with its outcome. */
-export const runHost = <E, E2>(
-  program: Effect.Effect<unknown, E, GuestLifecycle | Scope.Scope>,
-  layer: Layer.Layer<GuestLifecycle | Hypervisor, E2> | Layer.Layer<GuestLifecycle, E2>
+export const runHost = (
+  program: Effect.Effect<unknown, unknown, GuestLifecycle | Scope.Scope>,
+  layer: Layer.Layer<GuestLifecycle, unknown>
 ): void => {
-  const main = Effect.scoped(program).pipe(Effect.provide(layer))
-  void Effect.runPromiseExit(main).then((exit) => {
+  void Effect.runPromiseExit(Effect.scoped(program).pipe(Effect.provide(layer))).then((exit) => {
     if (Exit.isFailure(exit)) console.error(exit.cause)
     process.exitCode = Exit.isSuccess(exit) ? 0 : 1
   })
