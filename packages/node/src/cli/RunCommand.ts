@@ -50,6 +50,10 @@ const flags = {
     Flag.withDescription("What the guest's reset does"),
     Flag.withDefault("stop")
   ),
+  transport: Flag.Literals("transport", ["mmio", "pci"]).pipe(
+    Flag.withDescription("How the guest finds and drives its virtio devices"),
+    Flag.withDefault("mmio")
+  ),
   rng: Flag.Boolean("rng").pipe(
     Flag.withDescription("Give the guest an entropy device"),
     Flag.withDefault(true)
@@ -97,6 +101,7 @@ export const runCommand = Command.make("run", flags, (input) => {
     cpus: input.cpus,
     guestMemory: input.memory,
     virtioRng: input.rng,
+    virtioTransport: input.transport,
     blockDevices: input.disk.map(parseDisk),
     netDevices: interfaces.map(({ spec }) => spec),
     bootProtocol: input.bootProtocol
