@@ -2,6 +2,7 @@
 import type { GuestConfigInput } from "@troupe/core/GuestConfig"
 import type { GuestError } from "@troupe/core/GuestError"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
+import { VsockError } from "@troupe/core/HostVsockEndpoint"
 import { MachinePolicy } from "@troupe/core/MachinePolicy"
 import * as Command from "effect/cli/Command"
 import * as Flag from "effect/cli/Flag"
@@ -12,6 +13,7 @@ import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
 import { fromPath } from "../HostFile.ts"
 import * as KvmGuestLifecycle from "../KvmGuestLifecycle.ts"
+import * as VsockUnixSockets from "../vsock/VsockUnixSockets.ts"
 import { diskSyntax, parseDisk } from "./DiskOption.ts"
 import { describeStop, ExitCode, exitCodeHelp, exitCodeOfError, exitCodeOfStop } from "./ExitCode.ts"
 import { ExitStatus } from "./ExitStatus.ts"
@@ -76,6 +78,14 @@ const flags = {
     ),
     Flag.atLeast(0)
   ),
+  vsock: Flag.String("vsock").pipe(
+    Flag.withMetavar("path"),
+    Flag.withDescription(
+      "Give the guest a socket device, with its ports as Unix sockets: connect to the path and send `CONNECT port` for a port of " +
+        "the guest; listen on path_port for a port of the host"
+    ),
+    Flag.optional
+  ),
   cpuidMask: Flag.String("cpuid-mask").pipe(
     Flag.withDescription("CPU features to hide from the guest, e.g. cx16,popcnt; without it, what this KVM cannot run"),
     Flag.optional
@@ -102,6 +112,7 @@ export const runCommand = Command.make("run", flags, (input) => {
     guestMemory: input.memory,
     virtioRng: input.rng,
     virtioTransport: input.transport,
+    virtioVsock: Option.isSome(input.vsock),
     blockDevices: input.disk.map(parseDisk),
     netDevices: interfaces.map(({ spec }) => spec),
     bootProtocol: input.bootProtocol
@@ -110,7 +121,7 @@ export const runCommand = Command.make("run", flags, (input) => {
     onNone: () => "probe" as const,
     onSome: (features) => features.split(",").filter((feature) => feature !== "")
   })
-  return runGuest(config, input.kernel, input.quiet).pipe(
+  return runGuest(config, input.kernel, input.quiet, Option.getOrUndefined(input.vsock)).pipe(
     Effect.updateService(MachinePolicy, ({ device }) => ({ device, reset: input.onReset })),
     Effect.provide(KvmGuestLifecycle.layerWith({ hiddenCpuFeatures }).pipe(Layer.provide(layerNets(interfaces)))),
     Effect.catchTag(
@@ -141,7 +152,12 @@ export const runCommand = Command.make("run", flags, (input) => {
 /** How long a guest that is gone may keep the command waiting for its output to be written. */
 const SHOW_REST_LIMIT = "2 seconds"
 
-const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: string, quiet: boolean) {
+const runGuest = Effect.fnUntraced(function*(
+  config: GuestConfigInput,
+  kernel: string,
+  quiet: boolean,
+  vsockPath: string | undefined
+) {
   const lifecycle = yield* GuestLifecycle
   const progress = yield* makeProgress(quiet)
   const started = yield* Clock.currentTimeMillis
@@ -154,6 +170,7 @@ const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: s
     yield* lifecycle.create(config)
     const guest = yield* lifecycle.bind
     const serial = yield* guest.getSerial
+    if (vsockPath !== undefined) yield* VsockUnixSockets.serve(yield* guest.getHostVsockEndpoint, vsockPath)
     yield* progress.wait("running; no output yet")
     const shown = yield* Effect.forkScoped(showOutput(serial, progress.done))
     yield* typeInput(serial)
@@ -172,7 +189,12 @@ const runGuest = Effect.fnUntraced(function*(config: GuestConfigInput, kernel: s
     yield* progress.line(`${describeStop(result.success)} after ${seconds} s`)
     return yield* ExitStatus.set(exitCodeOfStop(result.success))
   }
-  const error: GuestError | OutputLost = result.failure
-  if (error instanceof OutputLost) return yield* ExitStatus.fail(ExitCode.FAILURE, error.message)
+  const error: GuestError | OutputLost | VsockError | VsockUnixSockets.VsockUnixSocketError = result.failure
+  if (error instanceof VsockUnixSockets.VsockUnixSocketError) {
+    return yield* ExitStatus.fail(ExitCode.BAD_INPUT, error.message)
+  }
+  if (error instanceof OutputLost || error instanceof VsockError) {
+    return yield* ExitStatus.fail(ExitCode.FAILURE, error.message)
+  }
   return yield* ExitStatus.fail(exitCodeOfError(error), error.message)
 })
