@@ -1,4 +1,7 @@
 import { assert, describe, it } from "@effect/vitest"
+import { Offload } from "@troupe/core/NetBackend"
+import { allow, drop, type NetDecision, redirect, reset } from "../src/net/user/NetPolicy.ts"
+import { concat, FakeTcp } from "./net/FakeSockets.ts"
 import { GATEWAY, GUEST, GUEST_MAC, NAMESERVER, NetworkUnderTest } from "./net/NetworkUnderTest.ts"
 import {
   ACK,
@@ -7,6 +10,7 @@ import {
   FIN,
   GATEWAY_MAC,
   icmp,
+  ipv4,
   parseDhcp,
   parseIp,
   parseTcp,
@@ -19,6 +23,7 @@ import {
   u32,
   udp
 } from "./net/ReferenceGuest.ts"
+import { ReferenceTcp } from "./net/ReferenceTcp.ts"
 
 const REMOTE = 0xc000_0201
 const text = (value: string): Uint8Array => new TextEncoder().encode(value)
@@ -159,5 +164,240 @@ describe("UserNet", () => {
     const error = parseIp(test.receive()!.bytes)
     assert.deepStrictEqual([...error.payload.slice(0, 2)], [3, 1])
     assert.strictEqual(u16(error.payload, 8 + 20), 1)
+  })
+
+  it("asks the next name server when one is not there, or silent", () => {
+    const test = new NetworkUnderTest()
+    test.sockets.nameservers = [{ address: "192.0.2.53", port: 53 }, { address: "192.0.2.54", port: 53 }]
+    test.send(udp(6000, 53, text("query"), { destination: NAMESERVER }))
+    assert.strictEqual(test.asked[0]!.service, "dns")
+    test.sockets.udp[0]!.events.failed("refused")
+    assert.isFalse(test.sockets.udp[0]!.open)
+    assert.deepStrictEqual(test.sockets.udp[1]!.to.address, "192.0.2.54")
+    assert.strictEqual(show(test.sockets.udp[1]!.sent[0]!), "query")
+    // The other one is not there either: now the guest is told.
+    test.sockets.udp[1]!.events.failed("refused")
+    assert.deepStrictEqual([...parseIp(test.receive()!.bytes).payload.slice(0, 2)], [3, 3])
+    test.pass(1)
+    test.send(udp(6001, 53, text("first"), { destination: NAMESERVER }))
+    test.send(udp(6001, 53, text("other"), { destination: NAMESERVER }))
+    const first = test.sockets.udp.at(-1)!
+    assert.strictEqual(first.sent.length, 2)
+    test.pass(2000)
+    test.send(udp(6001, 53, text("again"), { destination: NAMESERVER }))
+    const second = test.sockets.udp.at(-1)!
+    assert.notStrictEqual(second, first)
+    assert.notStrictEqual(second.to.address, first.to.address)
+    second.say(text("answer"))
+    const answer = parseUdp(test.receive()!.bytes)
+    assert.deepStrictEqual([answer.source, answer.sourcePort, show(answer.payload)], [NAMESERVER, 53, "answer"])
+  })
+
+  it("says that nobody is there when the host has no name server", () => {
+    const test = new NetworkUnderTest()
+    test.sockets.nameservers = []
+    test.send(udp(6000, 53, text("query"), { destination: NAMESERVER }))
+    assert.deepStrictEqual([...parseIp(test.receive()!.bytes).payload.slice(0, 2)], [3, 3])
+    assert.deepStrictEqual(test.sockets.udp, [])
+  })
+
+  it("tells the policy the name that a destination was looked up by", () => {
+    const test = new NetworkUnderTest()
+    test.send(udp(6000, 53, text("query"), { destination: NAMESERVER }))
+    const name = [2, 100, 98, 4, 116, 101, 115, 116, 0]
+    test.sockets.udp[0]!.say(Uint8Array.from([
+      ...[0, 1, 0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0, ...name, 0, 1, 0, 1],
+      ...[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 192, 0, 2, 1]
+    ]))
+    test.send(tcp({ sourcePort: 1, destinationPort: 2, destination: REMOTE, sequence: 1, flags: SYN }))
+    assert.strictEqual(test.asked[1]!.hostname, "db.test")
+    test.send(tcp({ sourcePort: 1, destinationPort: 2, destination: REMOTE + 1, sequence: 1, flags: SYN }))
+    assert.isUndefined(test.asked[2]!.hostname)
+  })
+
+  it("does what the policy decides", () => {
+    const test = new NetworkUnderTest()
+    const syn = (sourcePort: number, destination = REMOTE) =>
+      test.send(tcp({ sourcePort, destinationPort: 80, destination, sequence: 1, flags: SYN }))
+    const decide = (decision: NetDecision) => {
+      test.decide = (_, answer) => {
+        answer(decision)
+        return () => {}
+      }
+    }
+    decide(reset)
+    syn(1)
+    assert.strictEqual(parseTcp(test.receive()!.bytes).flags, RST | ACK)
+    test.send(udp(1, 2, text("x"), { destination: REMOTE }))
+    assert.deepStrictEqual([...parseIp(test.receive()!.bytes).payload.slice(0, 2)], [3, 3])
+    decide(drop)
+    syn(2)
+    test.send(udp(3, 2, text("x"), { destination: REMOTE }))
+    assert.deepStrictEqual(test.receiveAll(), [])
+    assert.strictEqual(test.sockets.tcp.length + test.sockets.udp.length, 0)
+    decide(redirect("127.0.0.1", 8080))
+    syn(3)
+    assert.deepStrictEqual(test.sockets.tcp[0]!.to, { address: "127.0.0.1", port: 8080 })
+    // What is not decided yet waits, and is forgotten with its connection.
+    let answer: ((decision: NetDecision) => void) | undefined
+    let givenUp = 0
+    test.decide = (_, later) => {
+      answer = later
+      return () => givenUp++
+    }
+    syn(4)
+    syn(4)
+    assert.strictEqual(test.asked.length, 6, "a repeated question is the same connection")
+    test.send(tcp({ sourcePort: 4, destinationPort: 80, destination: REMOTE, sequence: 2, flags: RST }))
+    assert.strictEqual(givenUp, 1)
+    answer!(allow)
+    assert.strictEqual(test.sockets.tcp.length, 1)
+    // An address of this network is nobody's, whatever the policy says.
+    decide(allow)
+    syn(5, GATEWAY)
+    assert.strictEqual(parseTcp(test.receive()!.bytes).flags, RST | ACK)
+    assert.strictEqual(test.sockets.tcp.length, 1)
+  })
+
+  it("asks the policy about a refused datagram's conversation once in a while", () => {
+    const test = new NetworkUnderTest()
+    test.decide = (_, answer) => {
+      answer(drop)
+      return () => {}
+    }
+    for (let i = 0; i < 10; i++) test.send(udp(1, 2, text("x"), { destination: REMOTE }))
+    assert.strictEqual(test.asked.length, 1)
+    test.pass(5000)
+    test.send(udp(1, 2, text("x"), { destination: REMOTE }))
+    assert.strictEqual(test.asked.length, 2)
+  })
+
+  it("keeps as many connections and conversations as it may", () => {
+    const test = new NetworkUnderTest({ tcpConnections: 3, udpFlows: 3 })
+    for (let port = 1; port <= 5; port++) {
+      test.send(tcp({ sourcePort: port, destinationPort: 80, destination: REMOTE, sequence: 1, flags: SYN }))
+      test.send(udp(port, 2, text("x"), { destination: REMOTE }))
+      test.pass(10)
+    }
+    assert.deepStrictEqual(test.net.usage, { tcp: 3, udp: 3, tcpBytes: 0, lost: 0 })
+    assert.strictEqual(test.receiveAll().filter(({ bytes }) => parseTcp(bytes).flags === (RST | ACK)).length, 2)
+    assert.deepStrictEqual(test.sockets.udp.map(({ open }) => open), [false, false, true, true, true])
+  })
+
+  it("asks a guest that has been silent for long whether it is there, and gives up", () => {
+    const test = new NetworkUnderTest()
+    const base = { sourcePort: 1, destinationPort: 80, destination: REMOTE }
+    test.send(tcp({ ...base, sequence: 1, flags: SYN }))
+    test.sockets.tcp[0]!.connect()
+    const { sequence } = parseTcp(test.receive()!.bytes)
+    test.send(tcp({ ...base, sequence: 2, acknowledgment: sequence + 1, flags: ACK }))
+    test.pass(120_000)
+    const probe = parseTcp(test.receive()!.bytes)
+    assert.strictEqual(probe.sequence, sequence, "old by one")
+    test.send(tcp({ ...base, sequence: 2, acknowledgment: sequence + 1, flags: ACK }))
+    let probes = 0
+    for (let seconds = 0; test.net.usage.tcp > 0 && seconds < 1000; seconds++) {
+      test.pass(1000)
+      probes += test.receiveAll().length
+    }
+    assert.isAtLeast(probes, 10)
+    assert.isTrue(test.sockets.tcp[0]!.wasReset)
+    assert.strictEqual(test.sockets.open, 0)
+  })
+
+  it("keeps the connections of a guest that takes nothing for long", () => {
+    const test = new NetworkUnderTest()
+    const base = { sourcePort: 1, destinationPort: 80, destination: REMOTE }
+    test.send(tcp({ ...base, sequence: 1, flags: SYN }))
+    test.sockets.tcp[0]!.connect()
+    const { sequence } = parseTcp(test.receive()!.bytes)
+    test.send(tcp({ ...base, sequence: 2, acknowledgment: sequence + 1, flags: ACK }))
+    test.sockets.tcp[0]!.say(text("hello"))
+    for (let hours = 0; hours < 24 * 60; hours++) test.pass(60_000)
+    assert.strictEqual(show(parseTcp(test.receive()!.bytes).payload), "hello")
+  })
+
+  it("connects a forwarded port to the guest", () => {
+    const test = new NetworkUnderTest()
+    const socket = new FakeTcp({ address: "", port: 0 }, undefined)
+    socket.pause()
+    socket.events = test.net.acceptTcp(socket, { address: "127.0.0.1", port: 9 }, 22)
+    const guest = new ReferenceTcp({
+      port: 22,
+      remote: GATEWAY,
+      remotePort: 0,
+      initial: 77,
+      mss: 1460,
+      scale: 3,
+      room: 10_000,
+      segment: 1460,
+      data: text("SSH-2.0"),
+      passive: true
+    })
+    let remotePort = 0
+    for (let i = 0; i < 20; i++) {
+      for (const { bytes } of test.receiveAll()) {
+        const segment = parseTcp(bytes)
+        remotePort = segment.sourcePort
+        assert.strictEqual(segment.source, GATEWAY)
+        guest.receive(segment, test.now)
+      }
+      if (i === 3) socket.say(text("hello"))
+      if (i === 5) socket.finish()
+      socket.take()
+      guest.read(1000)
+      for (const segment of guest.poll(test.now)) test.send(tcp({ ...segment, destinationPort: remotePort }))
+      test.pass(10)
+    }
+    assert.isFalse(socket.paused)
+    assert.strictEqual(show(socket.bytes), "SSH-2.0")
+    assert.strictEqual(show(Uint8Array.from(guest.received)), "hello")
+    assert.isTrue(guest.done && guest.ended && !socket.open)
+    assert.deepStrictEqual(test.asked, [{
+      protocol: "tcp",
+      direction: "incoming",
+      source: { address: "127.0.0.1", port: 9 },
+      destination: { address: "10.0.2.15", port: 22 }
+    }])
+  })
+
+  it("puts large datagrams together, and cuts them", () => {
+    const test = new NetworkUnderTest()
+    const payload = Uint8Array.from({ length: 4000 }, (_, i) => i)
+    const whole = udp(5, 6, payload, { destination: REMOTE }).subarray(34)
+    for (const [from, to] of [[2960, 4008], [0, 1480], [1480, 2960]] as const) {
+      test.send(ipv4(17, whole.slice(from, to), {
+        destination: REMOTE,
+        fragment: (from / 8) | (to < 4008 ? 0x2000 : 0),
+        id: 9
+      }))
+    }
+    assert.deepStrictEqual(test.sockets.udp[0]!.sent, [payload])
+    test.sockets.udp[0]!.say(payload)
+    const pieces = test.receiveAll().map(({ bytes }) => parseIp(bytes))
+    assert.deepStrictEqual(pieces.map(({ fragment }) => fragment), [0x2000, 0x2000 | 185, 370])
+    assert.deepStrictEqual(concat(pieces.map(({ payload }) => payload)).slice(8), payload)
+  })
+
+  it("sends large segments where the guest takes them, and small ones where it has no room", () => {
+    for (const room of [65_553, 2048]) {
+      const test = new NetworkUnderTest({}, Offload.CHECKSUM | Offload.TSO4)
+      const base = { sourcePort: 1, destinationPort: 80, destination: REMOTE }
+      test.send(tcp({ ...base, sequence: 1, flags: SYN, options: synOptions(1448, 7) }))
+      test.sockets.tcp[0]!.connect()
+      const { sequence } = parseTcp(test.receive()!.bytes, true)
+      test.send(tcp({ ...base, sequence: 2, acknowledgment: sequence + 1, flags: ACK, window: 0xffff }))
+      test.sockets.tcp[0]!.say(new Uint8Array(200_000))
+      const first = test.receive(room)
+      if (room > 2048) {
+        assert.strictEqual(first!.gsoSize, 1448)
+        assert.strictEqual((first!.bytes.length - 54) % 1448, 0)
+        assert.isAbove(first!.bytes.length, 60_000)
+      } else {
+        // It does not fit, is lost, and comes again in the size that there is room for.
+        assert.isUndefined(first)
+        assert.isAtMost(test.receive(room)!.bytes.length, room)
+      }
+    }
   })
 })
