@@ -487,6 +487,29 @@ describe("Console with further ports", () => {
       assert.deepStrictEqual(console.ports().map(({ name }) => name), ["next"])
     }))
 
+  it.effect("lets a host that is woken by output do what it likes, such as to unplug the port", () =>
+    Effect.gen(function*() {
+      const { console, cpu, memory, settle, start } = yield* started(2)
+      const control = new ControlDriver(cpu, start())
+      control.say(0, DEVICE_READY, 1)
+      const host = yield* Effect.forkChild(Effect.scoped(Effect.gen(function*() {
+        const port = yield* console.addPort("short")
+        yield* port.write(pattern(3))
+        yield* Stream.runHead(port.output)
+      })))
+      yield* settle
+      control.hear()
+      control.say(1, PORT_READY, 1)
+      control.say(1, PORT_OPEN, 1)
+      control.hear()
+      runGuest(control.driver.send(cpu, 4, [[{ address: DATA_ADDRESS, length: 10, writable: true }]]))
+      runGuest(control.driver.send(cpu, 5, [outputBuffers(memory, pattern(9), [9])]))
+      yield* settle
+      yield* Fiber.join(host)
+      assert.deepStrictEqual(control.hear(), [message(1, DEVICE_REMOVE, 0)])
+      assert.deepStrictEqual([control.driver.queue(4).poll()?.written, control.driver.queue(5).poll()?.written], [3, 0])
+    }))
+
   it("keeps to its rules whatever the driver says, and the guest costs it no memory", () => {
     const { ADD, REMOVE } = { ADD: DEVICE_ADD, REMOVE: DEVICE_REMOVE }
     const step = fc.oneof(

@@ -32,8 +32,8 @@ void cpuid_report(void) {
 /* The drivers' words: each driver takes its own. */
 static bool driver(const char *word) {
   heap_reset();
-  return hostile(word) || virtio_blk(word) || virtio_mem(word) || virtio_net(word) || virtio_rng(word) ||
-         virtio_vsock(word);
+  return hostile(word) || virtio_balloon(word) || virtio_blk(word) || virtio_console(word) || virtio_mem(word) ||
+         virtio_net(word) || virtio_rng(word) || virtio_vsock(word);
 }
 
 static bool modifier(struct state *state, const char *word) {

@@ -135,11 +135,9 @@ class ConsoleBehaviour implements VirtioBehaviour {
   }
 
   readonly notify = (queue: number): boolean => {
-    if (queue < 2) return queue === 0 ? this.#receiveTurn(0) : this.#transmitTurn(0)
-    if (queue === QUEUE_CONTROL_RX) return this.#toDriverTurn()
-    if (queue === QUEUE_CONTROL_TX) return this.#fromDriverTurn()
-    const port = Math.floor(queue / 2) - 1
-    return queue % 2 === 0 ? this.#receiveTurn(port) : this.#transmitTurn(port)
+    const more = this.#workOn(queue)
+    this.#wake()
+    return more
   }
 
   readonly signal = (): boolean => {
@@ -149,12 +147,15 @@ class ConsoleBehaviour implements VirtioBehaviour {
       if (this.#receiveTurn(port)) more = true
       if (this.#transmitTurn(port)) more = true
     }
+    this.#wake()
     return more
   }
 
   readonly writeConfig = (offset: number, size: number, value: number): void => {
     // The other fields are the device's. Only the lowest byte is output (section 5.3.5.1).
-    if (offset === ConsoleConfig.emerg_wr && size > 0) this.#state.lines[0]?.transmitByte(value & 0xff)
+    if (offset !== ConsoleConfig.emerg_wr || size === 0) return
+    this.#state.lines[0]?.transmitByte(value & 0xff)
+    this.#wake()
   }
 
   readonly reset = (): boolean => {
@@ -166,6 +167,19 @@ class ConsoleBehaviour implements VirtioBehaviour {
     this.#control.reset()
     for (const line of this.#state.lines) if (line !== undefined) line.guestOpen = false
     return true
+  }
+
+  /** Lets the host's fibers go on. They may run at once, so nothing is in the middle of a turn now. */
+  #wake(): void {
+    for (const line of this.#state.lines) line?.wake()
+  }
+
+  #workOn(queue: number): boolean {
+    if (queue < 2) return queue === 0 ? this.#receiveTurn(0) : this.#transmitTurn(0)
+    if (queue === QUEUE_CONTROL_RX) return this.#toDriverTurn()
+    if (queue === QUEUE_CONTROL_TX) return this.#fromDriverTurn()
+    const port = Math.floor(queue / 2) - 1
+    return queue % 2 === 0 ? this.#receiveTurn(port) : this.#transmitTurn(port)
   }
 
   #open(port: number): void {

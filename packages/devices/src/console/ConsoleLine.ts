@@ -44,6 +44,8 @@ export class ConsoleLine {
   #reader: Deferred.Deferred<void> | undefined
 
   #pending: Pending | undefined
+  /** The writer whose bytes the guest has. */
+  #written: Deferred.Deferred<void> | undefined
   readonly #writers = Semaphore.makeUnsafe(1)
 
   readonly #opens: PubSub.PubSub<boolean>
@@ -136,7 +138,7 @@ export class ConsoleLine {
     const beforeEnd = Math.min(amount, size - start)
     chain.read(position, this.#output.subarray(start, start + beforeEnd))
     if (beforeEnd < amount) chain.read(position + beforeEnd, this.#output.subarray(0, amount - beforeEnd))
-    this.#added(amount)
+    this.#count += amount
     return amount
   }
 
@@ -145,7 +147,7 @@ export class ConsoleLine {
     if (this.#count === CONSOLE_OUTPUT_SIZE) return false
     this.#reserve(1)
     this.#output[(this.#first + this.#count) % this.#output.length] = byte
-    this.#added(1)
+    this.#count++
     return true
   }
 
@@ -157,30 +159,32 @@ export class ConsoleLine {
     pending.sent += written
     if (pending.sent === pending.bytes.length) {
       this.#pending = undefined
-      Deferred.doneUnsafe(pending.done, Effect.void)
+      this.#written = pending.done
     }
     return written
+  }
+
+  /**
+   * Wakes the readers that wait for output which has come, and the writer whose bytes have gone. They may run at once, and do
+   * anything to the console: the device calls this when it is in the middle of nothing.
+   */
+  wake(): void {
+    const written = this.#written
+    this.#written = undefined
+    if (written !== undefined) Deferred.doneUnsafe(written, Effect.void)
+    const reader = this.#count > 0 || this.#closed ? this.#reader : undefined
+    if (reader === undefined) return
+    this.#reader = undefined
+    Deferred.doneUnsafe(reader, Effect.void)
   }
 
   /** The port is gone: readers end after what is there, and writers return. */
   #close(): void {
     this.#closed = true
     this.detach()
-    this.#wakeReader()
-    const pending = this.#pending
+    this.#written ??= this.#pending?.done
     this.#pending = undefined
-    if (pending !== undefined) Deferred.doneUnsafe(pending.done, Effect.void)
-  }
-
-  #wakeReader(): void {
-    const reader = this.#reader
-    this.#reader = undefined
-    if (reader !== undefined) Deferred.doneUnsafe(reader, Effect.void)
-  }
-
-  #added(amount: number): void {
-    this.#count += amount
-    this.#wakeReader()
+    this.wake()
   }
 
   /** Makes the ring large enough for so many bytes more. */
