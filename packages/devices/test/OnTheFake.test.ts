@@ -176,7 +176,6 @@ describe("The entropy device in a machine", () => {
               const place = entropyPlace(cpu)
               yield* driveHostile(cpu, place, {
                 memoryAddress: QUEUE_ADDRESS,
-                dataAddress: DATA_ADDRESS,
                 steps: 60,
                 hostility,
                 seed

@@ -18,14 +18,18 @@ export interface UsedChain {
   readonly written: number
 }
 
-/** One queue of a driver. */
-export interface QueueDriver {
+/** Where a queue is (virtio 1.3, section 2.6). */
+export interface QueuePlace {
   /** The number of entries. */
   readonly size: number
+  /** First addresses of its three areas. */
+  readonly areas: { readonly descriptor: number; readonly driver: number; readonly device: number }
+}
+
+/** One queue of a driver. */
+export interface QueueDriver extends QueuePlace {
   /** The number of chains that the device has. */
   readonly inFlight: number
-  /** Where the queue's three areas are (virtio 1.3, section 2.6). */
-  readonly areas: { readonly descriptor: number; readonly driver: number; readonly device: number }
   /**
    * Adds a chain; the device sees it after {@link publish}. Returns what its end will name it by, or `undefined` when there is
    * no room for it. A table of descriptors is used when asked for, where it was negotiated and has room.

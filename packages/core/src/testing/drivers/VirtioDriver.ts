@@ -3,6 +3,7 @@
  * device. The transports' drivers add how the device is reached.
  */
 import type { AccessSize, GuestCpu, GuestRoutine } from "../GuestCpu.ts"
+import type { QueuePlace } from "./QueueDriver.ts"
 import { type DriverBuffer, SplitQueueDriver, splitQueueMemory, type UsedChain } from "./SplitQueueDriver.ts"
 
 /** Bits of the device status. */
@@ -60,7 +61,7 @@ export abstract class VirtioDriver {
   /** The largest size of a queue, 0 when the device does not have it. Throws when the queue is ready. */
   abstract queueSizeMax(cpu: GuestCpu, index: number): GuestRoutine<number>
   /** Sets a queue up and makes it ready. Throws when the device refuses. */
-  abstract enableQueue(cpu: GuestCpu, index: number, queue: SplitQueueDriver): GuestRoutine
+  abstract enableQueue(cpu: GuestCpu, index: number, queue: QueuePlace): GuestRoutine
   /** Notifies the device of new chains. */
   abstract notify(cpu: GuestCpu, queue: number): GuestRoutine
   /** Waits for an interrupt for the queue (others may end the wait as well) and does what an interrupt handler does first. */
@@ -71,6 +72,14 @@ export abstract class VirtioDriver {
   /** One field of the configuration space. */
   abstract loadConfiguration(cpu: GuestCpu, field: ConfigurationField): GuestRoutine<number>
   abstract storeConfiguration(cpu: GuestCpu, field: ConfigurationField, value: number): GuestRoutine
+
+  // Not a generator: where only types are taken away, a field and a generator behind it would be one expression.
+  /** A queue of the driver. */
+  queue(index: number): SplitQueueDriver {
+    const queue = this.queues[index]
+    if (queue === undefined) throw new RangeError(`there is no queue ${index}`)
+    return queue
+  }
 
   /** Resets the device and waits until it says that it is done. */
   *reset(cpu: GuestCpu): GuestRoutine {
@@ -122,13 +131,6 @@ export abstract class VirtioDriver {
     this.queues = queues
     status |= VirtioStatus.DRIVER_OK
     yield* this.writeStatus(cpu, status)
-  }
-
-  /** A queue of the driver. */
-  queue(index: number): SplitQueueDriver {
-    const queue = this.queues[index]
-    if (queue === undefined) throw new RangeError(`there is no queue ${index}`)
-    return queue
   }
 
   /** Gives chains to the device and notifies it if it wants that. Returns how many had room. */

@@ -1,6 +1,6 @@
 /** A driver of virtio-mmio devices (virtio 1.3, sections 3.1 and 4.2), as a guest's kernel has it. It works for any device type. */
 import type { GuestCpu, GuestRoutine } from "../GuestCpu.ts"
-import type { SplitQueueDriver } from "./SplitQueueDriver.ts"
+import type { QueuePlace } from "./QueueDriver.ts"
 import { type ConfigurationField, VirtioDriver, type VirtioDriverOptions } from "./VirtioDriver.ts"
 
 export { VirtioStatus } from "./VirtioDriver.ts"
@@ -102,13 +102,13 @@ export class VirtioMmioDriver extends VirtioDriver {
     return yield* this.#load(cpu, VirtioMmio.QueueSizeMax)
   }
 
-  *enableQueue(cpu: GuestCpu, index: number, queue: SplitQueueDriver): GuestRoutine {
+  *enableQueue(cpu: GuestCpu, index: number, queue: QueuePlace): GuestRoutine {
     yield* this.#store(cpu, VirtioMmio.QueueSel, index)
     yield* this.#store(cpu, VirtioMmio.QueueSize, queue.size)
     const addresses = [
-      [VirtioMmio.QueueDescLow, queue.descriptorTable],
-      [VirtioMmio.QueueDriverLow, queue.availableRing],
-      [VirtioMmio.QueueDeviceLow, queue.usedRing]
+      [VirtioMmio.QueueDescLow, queue.areas.descriptor],
+      [VirtioMmio.QueueDriverLow, queue.areas.driver],
+      [VirtioMmio.QueueDeviceLow, queue.areas.device]
     ] as const
     for (const [register, value] of addresses) {
       yield* this.#store(cpu, register, value % 2 ** 32)

@@ -1,0 +1,115 @@
+// `npm run fuzz`: hostile drivers against every virtio device, as many as wanted. The same seed does the same.
+import { parseArgs } from "node:util"
+import { CASE_HEAP_MAX, hostileStatistics, TURN_BYTES_MAX, TURN_CHAINS_MAX } from "../test/fake/hostile/HostileRig.ts"
+import { describeFailure, HOSTILE_DEVICES, playCases } from "../test/fake/hostile/HostileRun.ts"
+
+const DEFAULT_CASES = 1_000_000
+/** Cases of one device before it is the next one's turn. */
+const SLICE = 1024
+const PROGRESS_MILLIS = 1000
+
+const USAGE = `Plays hostile drivers against the virtio devices, and says which of them a device does not stand.
+
+  npm run fuzz                       a million cases, shared out among all devices
+  npm run fuzz -- --device NAME      only this device; may be given more than once
+  npm run fuzz -- --cases N          so many cases in all
+  npm run fuzz -- --seed N           the number of the first case; default: 0
+  npm run fuzz -- --help
+
+Devices: ${HOSTILE_DEVICES.join(", ")}.
+`
+
+const fail = (text: string): never => {
+  process.stderr.write(`${text}\n`)
+  process.exit(2)
+}
+
+const wholeNumber = (name: string, text: string): number => {
+  const value = Number(text)
+  return Number.isSafeInteger(value) && value >= 0 ? value : fail(`--${name} is a whole number, not ${text}`)
+}
+
+const options = () => {
+  try {
+    return parseArgs({
+      options: {
+        device: { type: "string", multiple: true },
+        cases: { type: "string", default: String(DEFAULT_CASES) },
+        seed: { type: "string", default: "0" },
+        help: { type: "boolean", short: "h", default: false }
+      }
+    }).values
+  } catch (cause) {
+    return fail(`${cause instanceof Error ? cause.message : String(cause)}\n${USAGE}`)
+  }
+}
+
+const values = options()
+if (values.help) {
+  process.stdout.write(USAGE)
+  process.exit(0)
+}
+const cases = wholeNumber("cases", values.cases)
+const seed = wholeNumber("seed", values.seed)
+const devices = values.device ?? HOSTILE_DEVICES
+for (const device of devices) {
+  if (!HOSTILE_DEVICES.includes(device)) fail(`there is no device ${JSON.stringify(device)}\n${USAGE}`)
+}
+
+const interrupt = new AbortController()
+for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  process.on(signal, () => {
+    if (interrupt.signal.aborted) process.exit(130)
+    interrupt.abort()
+  })
+}
+const isInterrupted = () => interrupt.signal.aborted
+
+const begun = performance.now()
+let played = 0
+let shown = begun
+const terminal = process.stderr.isTTY
+const progress = (device: string) => {
+  const seconds = (performance.now() - begun) / 1000
+  const text = `${played.toLocaleString("en-US")} of ${cases.toLocaleString("en-US")} cases, ` +
+    `${Math.round(played / seconds).toLocaleString("en-US")} cases/s, ${device}`
+  process.stderr.write(terminal ? `\r\x1b[K${text}` : `${text}\n`)
+}
+
+const counts = devices.map((_, index) => Math.floor(cases / devices.length) + (index < cases % devices.length ? 1 : 0))
+let failures = 0
+const dead = new Set<string>()
+for (let slice = 0; !isInterrupted() && devices.some((_, i) => slice * SLICE < (counts[i] ?? 0)); slice++) {
+  for (const [index, device] of devices.entries()) {
+    const count = Math.min(SLICE, (counts[index] ?? 0) - slice * SLICE)
+    if (count <= 0 || isInterrupted() || dead.has(device)) continue
+    const failure = playCases(device, seed + slice * SLICE, count, () => {
+      played++
+      if (performance.now() - shown > (terminal ? PROGRESS_MILLIS : 10 * PROGRESS_MILLIS)) {
+        shown = performance.now()
+        progress(device)
+      }
+      return !isInterrupted()
+    })
+    // Lets a signal in.
+    await new Promise((resolve) => setImmediate(resolve))
+    if (failure === undefined) continue
+    failures++
+    dead.add(device)
+    process.stderr.write(`${terminal ? "\r\x1b[K" : ""}${describeFailure(failure)}\n`)
+  }
+}
+if (terminal) process.stderr.write("\r\x1b[K")
+const seconds = (performance.now() - begun) / 1000
+const { chains, longestTurn, mostBytes, mostChains, mostHeap, needsReset, turns } = hostileStatistics
+process.stdout.write(
+  `${played.toLocaleString("en-US")} cases of ${devices.join(", ")} from seed ${seed} in ${seconds.toFixed(0)} s` +
+    `${isInterrupted() ? ", interrupted" : ""}: ${
+      failures === 0 ? "every device stands" : `${failures} devices do not stand`
+    }.\n` +
+    `${turns.toLocaleString("en-US")} turns, ${chains.toLocaleString("en-US")} chains taken, ` +
+    `${needsReset.toLocaleString("en-US")} cases that ended with a device in need of a reset.\n` +
+    `The most of a turn: ${mostChains} chains (of ${TURN_CHAINS_MAX}), ${mostBytes} bytes copied (of ${TURN_BYTES_MAX}), ` +
+    `${longestTurn.toFixed(1)} ms; the most of a case: ${mostHeap} bytes allocated (of ${CASE_HEAP_MAX}).\n`
+)
+process.exitCode = failures > 0 ? 1 : isInterrupted() ? 130 : 0
