@@ -44,13 +44,25 @@ const temporaryFile = Effect.acquireRelease(
   ({ directory }) => Effect.sync(() => rmSync(directory, { recursive: true }))
 )
 
-const runGuest = Effect.fnUntraced(function*(cmdline: string, disks: ReadonlyArray<Disk>, cpus = 1) {
+interface Machine {
+  readonly cpus: number
+  readonly virtioTransport: "mmio" | "pci"
+}
+
+const MACHINES: ReadonlyArray<Machine> = [
+  { cpus: 1, virtioTransport: "mmio" },
+  { cpus: 2, virtioTransport: "mmio" },
+  { cpus: 2, virtioTransport: "pci" }
+]
+const SMALL: Machine = { cpus: 1, virtioTransport: "mmio" }
+
+const runGuest = Effect.fnUntraced(function*(cmdline: string, disks: ReadonlyArray<Disk>, machine = SMALL) {
   const lifecycle = yield* GuestLifecycle
   yield* lifecycle.create({
     kernelType: "LINUX",
     kernel: fromPath(ELF),
     cmdline: `quiet ${cmdline}`,
-    cpus,
+    ...machine,
     guestMemory: "32M",
     blockDevices: disks
   })
@@ -61,9 +73,9 @@ const runGuest = Effect.fnUntraced(function*(cmdline: string, disks: ReadonlyArr
 
 describe.skipIf(kvmObstacle !== undefined)(onKvm("disks of the small guest"), () => {
   it.layer(KvmGuestLifecycle.layer, { excludeTestServices: true, timeout: 60_000 })((it) => {
-    it.effect.each([1, 2])(
-      "are what it writes, byte for byte, at any depth and request size; processors: %i",
-      (cpus) =>
+    it.effect.each(MACHINES)(
+      "are what it writes, byte for byte, at any depth and request size: $cpus vCPU, $virtioTransport",
+      (machine) =>
         Effect.gen(function*() {
           const { path } = yield* temporaryFile
           const disk: Disk = { id: "a-disk", mode: "READ_WRITE", format: "FILE", client: BlockFile.fromPath(path) }
@@ -77,7 +89,7 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("disks of the small guest"), ()
               `blk=read,${sector},256`
             ]
           })
-          const lines = yield* runGuest(`smp blk ${words.join(" ")} blk=flush`, [disk], cpus)
+          const lines = yield* runGuest(`smp blk ${words.join(" ")} blk=flush`, [disk], machine)
           assert.include(lines, `blk capacity ${SECTORS} sectors`)
           assert.include(lines, "blk id a-disk")
           assert.include(lines, "blk flush ok")

@@ -13,7 +13,7 @@ import { fileURLToPath } from "node:url"
 import { kvmObstacle, onKvm } from "./support.ts"
 
 const ELF = fileURLToPath(new URL("../guest/troupe-guest.elf", import.meta.url))
-const REQUESTS = 100
+const REQUESTS = 300
 
 interface Subject {
   readonly device: string
@@ -63,15 +63,21 @@ const subjects: ReadonlyArray<Subject> = [
 ]
 
 /** Runs the guest with a device that breaks as planned. */
-const runGuest = (subject: Subject, defects: DeviceDefects.DeviceDefects, policy: DevicePolicy, cpus = 1) =>
+const runGuest = (
+  subject: Subject,
+  defects: DeviceDefects.DeviceDefects,
+  policy: DevicePolicy,
+  machine: Partial<GuestConfigInput> = {}
+) =>
   Effect.gen(function*() {
     const lifecycle = yield* GuestLifecycle
     yield* lifecycle.create({
       kernelType: "LINUX",
       kernel: fromPath(ELF),
       cmdline: `quiet smp ${subject.word} say=after`,
-      cpus,
+      cpus: 1,
       guestMemory: "32M",
+      ...machine,
       ...subject.config(defects)
     })
     const serial = yield* (yield* lifecycle.bind).getSerial
@@ -95,15 +101,21 @@ const runGuest = (subject: Subject, defects: DeviceDefects.DeviceDefects, policy
     )
   ))
 
+const MACHINES = [
+  { cpus: 1, virtioTransport: "mmio" },
+  { cpus: 2, virtioTransport: "mmio" },
+  { cpus: 2, virtioTransport: "pci" }
+] as const
+
 /** Never gives up within a test, and loses no time. */
 const persistent: DevicePolicy = { _tag: "restart", schedule: Schedule.spaced("1 millis") }
 
 const PLACES: ReadonlyArray<DeviceDefects.DefectPlace> = ["doorbell", "done", "interrupt", "write", "host"]
 
 describe.skipIf(kvmObstacle !== undefined).each(subjects)(onKvm("a device that fails: $device"), (subject) => {
-  it.live.each([1, 2])(
-    "is started again, and its driver's work goes on; processors: %i",
-    (cpus) =>
+  it.live.each(MACHINES)(
+    "is started again, and its driver's work goes on: $cpus vCPU, $virtioTransport",
+    (machine) =>
       Effect.gen(function*() {
         for (const place of PLACES) {
           // Every so often, at one kind of point, and not always at the same one of the driver's start.
@@ -111,10 +123,10 @@ describe.skipIf(kvmObstacle !== undefined).each(subjects)(onKvm("a device that f
           let next = 11
           const defects = new DeviceDefects.DeviceDefects((_, at) => {
             if (at !== place || ++reached !== next) return false
-            next += 20 + next % 17
+            next += 97 + next % 17
             return true
           })
-          const { exit, lines } = yield* runGuest(subject, defects, persistent, cpus)
+          const { exit, lines } = yield* runGuest(subject, defects, persistent, machine)
           assert.deepStrictEqual(exit, Exit.succeed({ _tag: "PowerOff" }), lines.join("\n"))
           const resets = lines.flatMap((line) => subject.done.exec(line)?.[1] ?? [])
           assert.strictEqual(resets.length, 1, `${place}: ${lines.join("\n")}`)

@@ -162,6 +162,16 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("the small guest"), () => {
         assert.include(lines, "rng ok")
       }))
 
+    it.effect("finds it as a function on PCI too, and drives it by messages", () =>
+      Effect.gen(function*() {
+        const { lines } = yield* runGuest(config("virtio rng=64,8", { virtioRng: true, virtioTransport: "pci" }))
+        assert.include(lines, "acpi ecam 0xe0000000 buses 0-0")
+        assert.isTrue(lines.some((line) => /^virtio 0xe000[0-9a-f]000 pci vendor 0x1af4 device 4$/.test(line)))
+        const requests = lines.filter((line) => /^rng request \d 64 bytes \d+ interrupts [0-9a-f]{128}$/.test(line))
+        assert.strictEqual(requests.length, 8)
+        assert.include(lines, "rng ok")
+      }))
+
     it.effect("goes to user mode and comes back", () =>
       Effect.gen(function*() {
         const { lines } = yield* runGuest(config("user-mode"))

@@ -36,6 +36,7 @@ struct __attribute__((packed)) table {
 #define FADT_HW_REDUCED (1u << 20)
 
 /* MADT entries (section 5.2.12). */
+#define MCFG_ENTRIES 44
 #define MADT_ENTRIES 44
 #define MADT_LAPIC 0
 #define MADT_IOAPIC 1
@@ -143,6 +144,15 @@ static void read_madt(const struct table *madt, bool report) {
   }
 }
 
+/* The first entry that has bus 0 (PCI Firmware Specification 3.3, section 4.1.2). */
+static void read_mcfg(const struct table *mcfg, bool report) {
+  for (u64 at = (u64)mcfg + MCFG_ENTRIES; at + 16 <= (u64)mcfg + mcfg->length && !acpi.ecam; at += 16) {
+    if (read8(at + 10) != 0) continue;
+    acpi.ecam = read64(at);
+    if (report) say("acpi ecam %x buses 0-%u", acpi.ecam, U(read8(at + 11)));
+  }
+}
+
 static bool is(const struct table *table, const char *name) { return !memcmp(table->signature, name, 4); }
 
 /* The tables' bytes are read where they lie: this guest trusts its host, it is there to exercise it. */
@@ -178,6 +188,8 @@ void acpi_read(bool report) {
       if (!dsdt) dsdt = read32((u64)table + FADT_DSDT);
     } else if (is(table, "APIC"))
       read_madt(table, report);
+    else if (is(table, "MCFG"))
+      read_mcfg(table, report);
     else if (is(table, "SSDT"))
       aml_scan((const u8 *)table + sizeof *table, table->length - sizeof *table, report);
   }

@@ -161,6 +161,7 @@ struct acpi {
   } isa[16];
   struct virtio_place virtio[MAX_VIRTIO];
   u32 virtio_count;
+  u64 ecam; /* configuration pages of PCI bus 0; 0: none */
 };
 extern struct acpi acpi;
 

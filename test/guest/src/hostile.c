@@ -9,6 +9,8 @@
 #define RESETS 64
 #define CHANGE_ROUNDS 300
 #define REGISTER_PAGE 0x1000
+#define REGISTERS 0x100 /* the configuration space is behind them, on either transport of this project */
+#define MMIO_NOTIFY 0x50
 /* The features of devices themselves: those of queues and transport are negotiated by virtio.c. */
 #define DEVICE_FEATURES 0xfffffful
 
@@ -49,6 +51,9 @@ static const char *work(struct virtio *device) {
   return NULL;
 }
 
+static void set_status(u32 status) { target.transport->set_status(&target, status); }
+static bool is_pci(void) { return target.transport == &virtio_pci; }
+
 /* ---- chains ----------------------------------------------------------------------------------------------------- */
 
 static void put(u32 index, u64 addr, u32 len, u32 flags, u32 next) {
@@ -65,7 +70,7 @@ static void offer(u32 head) {
   queue->avail->idx = ++queue->next_avail;
 }
 
-static void kick(void) { write32(target.base + MMIO_QUEUE_NOTIFY, target_queue); }
+static void kick(void) { target.transport->kick(&target, target_queue); }
 
 /* What the device makes of it: `count` chains are served, or it wants a reset. */
 static const char *verdict(u32 count) {
@@ -194,18 +199,8 @@ static const char *table_loop(void) {
 
 /* The registers of a queue, from nothing to ready. */
 static bool set_queue(u64 desc, u64 avail, u64 used, u32 size) {
-  u64 base = target.base;
-  write32(base + MMIO_QUEUE_SEL, target_queue);
-  write32(base + MMIO_QUEUE_READY, 0);
-  write32(base + MMIO_QUEUE_NUM, size);
-  write32(base + MMIO_QUEUE_DESC, (u32)desc);
-  write32(base + MMIO_QUEUE_DESC + 4, (u32)(desc >> 32));
-  write32(base + MMIO_QUEUE_DRIVER, (u32)avail);
-  write32(base + MMIO_QUEUE_DRIVER + 4, (u32)(avail >> 32));
-  write32(base + MMIO_QUEUE_DEVICE, (u32)used);
-  write32(base + MMIO_QUEUE_DEVICE + 4, (u32)(used >> 32));
-  write32(base + MMIO_QUEUE_READY, 1);
-  return read32(base + MMIO_QUEUE_READY) & 1;
+  target.transport->queue_stop(&target, target_queue);
+  return target.transport->queue_set(&target, target_queue, size, desc, avail, used);
 }
 
 static const char *rings_outside(void) {
@@ -216,8 +211,9 @@ static const char *rings_outside(void) {
     if (set_queue(bad[i], at, at + 1024, QUEUE_SIZE) || set_queue(at, bad[i], at + 1024, QUEUE_SIZE) ||
         set_queue(at, at + 1024, bad[i], QUEUE_SIZE))
       return "accepted";
-  const u32 sizes[] = {0, 3, 0x8000, 0x10000, ~0u};
-  for (u32 i = 0; i < sizeof sizes / sizeof *sizes; i++)
+  const u32 sizes[] = {0, 3, 0x8000, 0xffff};
+  /* virtio-pci keeps the size that it had. */
+  for (u32 i = 0; i < sizeof sizes / sizeof *sizes && !is_pci(); i++)
     if (set_queue(at, at + 1024, at + 2048, sizes[i])) return "accepted";
   return "refused";
 }
@@ -236,8 +232,7 @@ static const char *rings_overlap(void) {
 }
 
 static const char *late_queue(void) {
-  write32(target.base + MMIO_QUEUE_SEL, target_queue);
-  write32(target.base + MMIO_QUEUE_READY, 0);
+  if (is_pci()) return "does not apply";
   return set_queue((u64)data, (u64)data + 1024, (u64)data + 2048, QUEUE_SIZE) ? "accepted" : "refused";
 }
 
@@ -245,14 +240,12 @@ static const char *features(void) {
   if (virtio_start(&target, DEVICE_FEATURES)) return "not started";
   for (u32 bit = 0; bit < 128; bit++) {
     if (bit < 64 && (target.offered >> bit & 1)) continue;
-    write32(target.base + MMIO_STATUS, 0);
-    write32(target.base + MMIO_STATUS, STATUS_ACKNOWLEDGE);
-    write32(target.base + MMIO_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
-    for (u32 word = 0; word < 4; word++) {
-      write32(target.base + MMIO_DRIVER_FEATURES_SEL, word);
-      write32(target.base + MMIO_DRIVER_FEATURES, (word == 1) | (word == bit / 32 ? 1u << bit % 32 : 0));
-    }
-    write32(target.base + MMIO_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+    set_status(0);
+    set_status(STATUS_ACKNOWLEDGE);
+    set_status(STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+    for (u32 word = 0; word < 4; word++)
+      target.transport->accept(&target, word, (word == 1) | (word == bit / 32 ? 1u << bit % 32 : 0));
+    set_status(STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
     if (virtio_status(&target) & STATUS_FEATURES_OK) return "accepted";
   }
   return "refused";
@@ -260,13 +253,13 @@ static const char *features(void) {
 
 /* Ready without the steps before it, and back without a reset. */
 static const char *status(void) {
-  write32(target.base + MMIO_STATUS, STATUS_ACKNOWLEDGE);
+  set_status(STATUS_ACKNOWLEDGE);
   if (!(virtio_status(&target) & STATUS_DRIVER_OK)) return "went back";
-  write32(target.base + MMIO_STATUS, 0xffffffff & ~STATUS_FAILED);
+  set_status(0xffffffff & ~STATUS_FAILED);
   if (virtio_needs_reset(&target)) return "accepted";
-  write32(target.base + MMIO_STATUS, 0);
-  write32(target.base + MMIO_STATUS, STATUS_DRIVER_OK);
-  write32(target.base + MMIO_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER_OK | STATUS_NEEDS_RESET);
+  set_status(0);
+  set_status(STATUS_DRIVER_OK);
+  set_status(STATUS_ACKNOWLEDGE | STATUS_DRIVER_OK | STATUS_NEEDS_RESET);
   return virtio_status(&target) & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) ? "accepted" : "refused";
 }
 
@@ -279,7 +272,7 @@ static u32 random(void) {
 }
 
 static void random_write(u32 offset) {
-  u64 at = target.base + offset;
+  u64 at = (is_pci() ? target.common : target.base) + offset;
   u32 value = random() & (random() & 1 ? ~0u : 15);
   switch (random() & 3) {
     case 0:
@@ -295,21 +288,23 @@ static void random_write(u32 offset) {
 
 /* Any register in any order, width and value; half of them where registers are. */
 static const char *registers(void) {
-  for (u32 i = 0; i < RANDOM_WRITES; i++) random_write(random() % (random() & 1 ? MMIO_CONFIG : REGISTER_PAGE));
+  for (u32 i = 0; i < RANDOM_WRITES; i++) random_write(random() % (random() & 1 ? REGISTERS : REGISTER_PAGE));
   return "survived";
 }
 
 static const char *config(void) {
-  for (u32 i = 0; i < RANDOM_WRITES / 4; i++) random_write(MMIO_CONFIG + random() % (REGISTER_PAGE - MMIO_CONFIG));
+  for (u32 i = 0; i < RANDOM_WRITES / 4; i++) random_write(REGISTERS + random() % (REGISTER_PAGE - REGISTERS));
   return "survived";
 }
 
 static const char *notify(void) {
   const u32 values[] = {VIRTIO_QUEUES, 99, 0xffff, 0x10000, ~0u};
-  for (u32 i = 0; i < sizeof values / sizeof *values; i++) write32(target.base + MMIO_QUEUE_NOTIFY, values[i]);
-  write8(target.base + MMIO_QUEUE_NOTIFY, 0);
-  write16(target.base + MMIO_QUEUE_NOTIFY, 0);
-  write16(target.base + MMIO_QUEUE_NOTIFY + 2, 0);
+  u64 bell = is_pci() ? target.notify : target.base + MMIO_NOTIFY;
+  for (u32 i = 0; i < sizeof values / sizeof *values; i++) write32(bell, values[i]);
+  if (is_pci()) write16(bell + U(VIRTIO_QUEUES) * target.notify_multiplier, 0);
+  write8(bell, 0);
+  write16(bell, 0);
+  write16(bell + 2, 0);
   return virtio_needs_reset(&target) ? "needs-reset" : "ignored";
 }
 
@@ -359,9 +354,9 @@ static const char *reset(void) {
 
 static const char *stop_queue(void) {
   offer_requests();
-  write32(target.base + MMIO_QUEUE_SEL, target_queue);
-  write32(target.base + MMIO_QUEUE_READY, 0);
-  if (read32(target.base + MMIO_QUEUE_READY) & 1) return "goes on";
+  target.transport->queue_stop(&target, target_queue);
+  if (is_pci()) return "does not apply";
+  if (target.transport->queue_ready(&target, target_queue)) return "goes on";
   kick();
   return "stopped";
 }

@@ -1,4 +1,4 @@
-/* Virtio devices over virtio-mmio, version 2, and split virtqueues, from the driver's side (virtio.h says how it is used). */
+/* Virtio devices and split virtqueues, from the driver's side (virtio.h says how it is used). */
 #include "virtio.h"
 
 #define RESET_TRIES 100000
@@ -6,88 +6,82 @@
 
 static struct virtio *by_vector[VECTORS];
 
-/* ---- the transport ---------------------------------------------------------------------------------------------- */
+/* ---- the device ------------------------------------------------------------------------------------------------- */
 
-static void set_address(const struct virtio *device, u32 reg, const volatile void *at) {
-  write32(device->base + reg, (u32)(u64)at);
-  write32(device->base + reg + 4, (u32)((u64)at >> 32));
-}
-
-static void write_status(const struct virtio *device, u32 status) { write32(device->base + MMIO_STATUS, status); }
-
-u32 virtio_status(const struct virtio *device) { return read32(device->base + MMIO_STATUS); }
+u32 virtio_status(const struct virtio *device) { return device->transport->status(device); }
 
 bool virtio_needs_reset(const struct virtio *device) { return virtio_status(device) & STATUS_NEEDS_RESET; }
 
-/* The status register may well be a page of memory that always shows a bit: the queues themselves say what is new. */
+/* A shown cause may well stay shown, on a page of memory: the queues themselves say what is new. */
 void virtio_interrupt(u32 vector) {
   struct virtio *device = by_vector[vector];
   if (!device) return;
-  u32 cause = read32(device->base + MMIO_INTERRUPT_STATUS) & 3;
-  if (cause) write32(device->base + MMIO_INTERRUPT_ACK, cause);
-  if (cause & 2) device->config_changes++;
+  if (device->transport->cause(device, vector) & 2) device->config_changes++;
   device->interrupts++;
 }
 
 bool virtio_find(struct virtio *device, u32 id, u32 nth) {
   memset(device, 0, sizeof *device);
-  for (u32 i = 0; i < acpi.virtio_count; i++) {
-    const struct virtio_place *place = &acpi.virtio[i];
-    if (read32(place->base + MMIO_MAGIC) != MMIO_MAGIC_VALUE || read32(place->base + MMIO_DEVICE_ID) != id) continue;
-    if (nth--) continue;
-    device->base = place->base;
-    device->irq = place->irq;
-    device->level = place->level;
-    device->active_low = place->active_low;
-    device->id = id;
-    return true;
-  }
-  return false;
+  device->id = id;
+  return virtio_mmio_find(device, id, &nth) || virtio_pci_find(device, id, &nth);
+}
+
+static u32 take_vector(struct virtio *device) {
+  for (u32 vector = VECTOR_VIRTIO; vector < VECTOR_SPURIOUS; vector++)
+    if (!by_vector[vector]) {
+      by_vector[vector] = device;
+      return vector;
+    }
+  return 0;
 }
 
 static void release_interrupt(struct virtio *device) {
   if (!device->vector) return;
-  ioapic_mask(device->irq);
-  by_vector[device->vector] = NULL;
-  device->vector = 0;
+  device->transport->disconnect(device);
+  by_vector[device->vector] = by_vector[device->config_vector] = NULL;
+  device->vector = device->config_vector = 0;
+}
+
+static const char *take_interrupt(struct virtio *device) {
+  device->interrupts = device->config_changes = 0;
+  device->vector = take_vector(device);
+  device->config_vector = device->transport == &virtio_pci ? take_vector(device) : device->vector;
+  if (!device->vector || !device->config_vector) return "no vector";
+  if (device->transport->connect(device)) return NULL;
+  release_interrupt(device);
+  return "no interrupt line";
 }
 
 static bool reset(const struct virtio *device) {
-  write_status(device, 0);
+  device->transport->set_status(device, 0);
   for (u32 tries = 0; virtio_status(device) != 0; tries++)
     if (tries == RESET_TRIES) return false;
   return true;
 }
 
 const char *virtio_start(struct virtio *device, u64 wanted) {
-  u64 base = device->base;
+  const struct virtio_transport *transport = device->transport;
   release_interrupt(device);
-  if (read32(base + MMIO_VERSION) != 2) return "not version 2";
   memset(device->queues, 0, sizeof device->queues);
   if (!reset(device)) return "reset";
-  write_status(device, STATUS_ACKNOWLEDGE);
-  write_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
-  write32(base + MMIO_DEVICE_FEATURES_SEL, 0);
-  device->offered = read32(base + MMIO_DEVICE_FEATURES);
-  write32(base + MMIO_DEVICE_FEATURES_SEL, 1);
-  device->offered |= U(read32(base + MMIO_DEVICE_FEATURES)) << 32;
+  transport->set_status(device, STATUS_ACKNOWLEDGE);
+  transport->set_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+  device->offered = transport->offered(device);
   if (!(device->offered & VIRTIO_F_VERSION_1)) return "no VIRTIO_F_VERSION_1";
   wanted |= VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC;
   device->features = device->offered & wanted;
-  write32(base + MMIO_DRIVER_FEATURES_SEL, 0);
-  write32(base + MMIO_DRIVER_FEATURES, (u32)device->features);
-  write32(base + MMIO_DRIVER_FEATURES_SEL, 1);
-  write32(base + MMIO_DRIVER_FEATURES, (u32)(device->features >> 32));
-  write_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
-  return virtio_status(device) & STATUS_FEATURES_OK ? NULL : "features refused";
+  transport->accept(device, 0, (u32)device->features);
+  transport->accept(device, 1, (u32)(device->features >> 32));
+  transport->set_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+  if (!(virtio_status(device) & STATUS_FEATURES_OK)) return "features refused";
+  /* Before the queues, which virtio-pci tells their vector. */
+  return take_interrupt(device);
 }
 
 const char *virtq_setup(struct virtio *device, u32 index, u32 size_max) {
-  u64 base = device->base;
   struct virtq *queue = &device->queues[index];
-  write32(base + MMIO_QUEUE_SEL, index);
-  if (read32(base + MMIO_QUEUE_READY)) return "queue in use";
-  u32 size = read32(base + MMIO_QUEUE_NUM_MAX);
+  u32 size = device->transport->queue_max(device, index);
+  if (device->transport->queue_ready(device, index)) return "queue in use";
   if (!size) return "no such queue";
   while (size > size_max) size >>= 1;
   *queue = (struct virtq){.device = device, .index = (u16)index, .size = (u16)size};
@@ -108,27 +102,13 @@ const char *virtq_setup(struct virtio *device, u32 index, u32 size_max) {
   queue->avail->flags = queue->avail->idx = queue->used->flags = queue->used->idx = 0;
   *virtq_used_event(queue) = 0;
   *virtq_avail_event(queue) = 0;
-  write32(base + MMIO_QUEUE_NUM, size);
-  set_address(device, MMIO_QUEUE_DESC, queue->desc);
-  set_address(device, MMIO_QUEUE_DRIVER, queue->avail);
-  set_address(device, MMIO_QUEUE_DEVICE, queue->used);
-  write32(base + MMIO_QUEUE_READY, 1);
-  return read32(base + MMIO_QUEUE_READY) ? NULL : "queue refused";
+  return device->transport->queue_set(device, index, size, (u64)queue->desc, (u64)queue->avail, (u64)queue->used)
+             ? NULL
+             : "queue refused";
 }
 
 const char *virtio_ready(struct virtio *device) {
-  u32 vector = VECTOR_VIRTIO;
-  while (by_vector[vector])
-    if (++vector == VECTOR_SPURIOUS) return "no vector";
-  device->interrupts = device->config_changes = 0;
-  by_vector[vector] = device;
-  device->vector = vector;
-  if (!ioapic_route(device->irq, vector, device->level, device->active_low)) {
-    by_vector[vector] = NULL;
-    device->vector = 0;
-    return "no interrupt line";
-  }
-  write_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
+  device->transport->set_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
   return virtio_status(device) & STATUS_DRIVER_OK ? NULL : "not made ready";
 }
 
@@ -139,25 +119,25 @@ bool virtio_stop(struct virtio *device) {
 
 void virtio_fail(struct virtio *device) {
   release_interrupt(device);
-  write_status(device, STATUS_FAILED);
+  device->transport->set_status(device, STATUS_FAILED);
 }
 
-u8 virtio_config8(const struct virtio *device, u32 offset) { return read8(device->base + MMIO_CONFIG + offset); }
-u16 virtio_config16(const struct virtio *device, u32 offset) { return read16(device->base + MMIO_CONFIG + offset); }
-u32 virtio_config32(const struct virtio *device, u32 offset) { return read32(device->base + MMIO_CONFIG + offset); }
+u8 virtio_config8(const struct virtio *device, u32 offset) { return read8(device->config + offset); }
+u16 virtio_config16(const struct virtio *device, u32 offset) { return read16(device->config + offset); }
+u32 virtio_config32(const struct virtio *device, u32 offset) { return read32(device->config + offset); }
 
 u64 virtio_config64(const struct virtio *device, u32 offset) {
   u64 value = 0;
   for (u32 tries = 0; tries < CONFIG_TRIES; tries++) {
-    u32 generation = read32(device->base + MMIO_CONFIG_GENERATION);
+    u32 generation = device->transport->generation(device);
     value = virtio_config32(device, offset) | U(virtio_config32(device, offset + 4)) << 32;
-    if (read32(device->base + MMIO_CONFIG_GENERATION) == generation) break;
+    if (device->transport->generation(device) == generation) break;
   }
   return value;
 }
 
 void virtio_config_write32(const struct virtio *device, u32 offset, u32 value) {
-  write32(device->base + MMIO_CONFIG + offset, value);
+  write32(device->config + offset, value);
 }
 
 /* ---- queues ----------------------------------------------------------------------------------------------------- */
@@ -207,7 +187,7 @@ void virtq_kick(struct virtq *queue) {
                                    : !(queue->used->flags & RING_QUIET);
   if (!wanted) return;
   queue->kicks++;
-  write32(queue->device->base + MMIO_QUEUE_NOTIFY, queue->index);
+  queue->device->transport->kick(queue->device, queue->index);
 }
 
 bool virtq_pending(const struct virtq *queue) { return queue->used->idx != queue->last_used; }
@@ -276,9 +256,6 @@ const char *virtq_call(struct virtq *queue, const struct buffer *buffers, u32 co
 /* ---- the action ------------------------------------------------------------------------------------------------- */
 
 void virtio_list(void) {
-  for (u32 i = 0; i < acpi.virtio_count; i++) {
-    u64 base = acpi.virtio[i].base;
-    say("virtio %x magic %x version %u device %u vendor %x", base, U(read32(base + MMIO_MAGIC)),
-        U(read32(base + MMIO_VERSION)), U(read32(base + MMIO_DEVICE_ID)), U(read32(base + MMIO_VENDOR_ID)));
-  }
+  virtio_mmio_list();
+  virtio_pci_list();
 }

@@ -1,6 +1,6 @@
 /*
  * What every virtio driver of this guest stands on: finding a device, its start and reset, and split virtqueues
- * (virtio 1.3, sections 2, 3 and 4.2). A driver is one file; its course is
+ * (virtio 1.3, sections 2, 3 and 4), behind virtio-mmio or virtio-pci. A driver is one file; its course is
  *
  *   virtio_find, virtio_start, virtq_setup for each queue, virtio_ready;
  *   virtq_add, virtq_kick, virtq_wait, virtq_take, as often as wanted;
@@ -32,30 +32,6 @@
 #define STATUS_FEATURES_OK 8
 #define STATUS_NEEDS_RESET 64
 #define STATUS_FAILED 128
-
-/* Registers of virtio-mmio, version 2 (section 4.2.2). */
-#define MMIO_MAGIC 0x000
-#define MMIO_VERSION 0x004
-#define MMIO_DEVICE_ID 0x008
-#define MMIO_VENDOR_ID 0x00c
-#define MMIO_DEVICE_FEATURES 0x010
-#define MMIO_DEVICE_FEATURES_SEL 0x014
-#define MMIO_DRIVER_FEATURES 0x020
-#define MMIO_DRIVER_FEATURES_SEL 0x024
-#define MMIO_QUEUE_SEL 0x030
-#define MMIO_QUEUE_NUM_MAX 0x034
-#define MMIO_QUEUE_NUM 0x038
-#define MMIO_QUEUE_READY 0x044
-#define MMIO_QUEUE_NOTIFY 0x050
-#define MMIO_INTERRUPT_STATUS 0x060
-#define MMIO_INTERRUPT_ACK 0x064
-#define MMIO_STATUS 0x070
-#define MMIO_QUEUE_DESC 0x080
-#define MMIO_QUEUE_DRIVER 0x090
-#define MMIO_QUEUE_DEVICE 0x0a0
-#define MMIO_CONFIG_GENERATION 0x0fc
-#define MMIO_CONFIG 0x100
-#define MMIO_MAGIC_VALUE 0x74726976
 
 /* How long a device may take for an answer. */
 #define VIRTIO_ANSWER_MS 10000
@@ -95,6 +71,35 @@ struct buffer {
 
 struct virtio;
 
+/* What is different between virtio_mmio.c and virtio_pci.c. */
+struct virtio_transport {
+  u32 (*status)(const struct virtio *device);
+  void (*set_status)(const struct virtio *device, u32 status);
+  u64 (*offered)(const struct virtio *device);
+  /* 32 of the features that the driver accepts. */
+  void (*accept)(const struct virtio *device, u32 word, u32 bits);
+  /* The largest size of a queue; 0: there is none. */
+  u32 (*queue_max)(const struct virtio *device, u32 queue);
+  bool (*queue_ready)(const struct virtio *device, u32 queue);
+  /* Places a queue and enables it. False: the device refuses. */
+  bool (*queue_set)(const struct virtio *device, u32 queue, u32 size, u64 desc, u64 avail, u64 used);
+  void (*queue_stop)(const struct virtio *device, u32 queue);
+  void (*kick)(const struct virtio *device, u32 queue);
+  u32 (*generation)(const struct virtio *device);
+  /* Has the device interrupt this processor by the device's vectors. False: there is no way to. */
+  bool (*connect)(struct virtio *device);
+  void (*disconnect)(const struct virtio *device);
+  /* Why it interrupts, which is acknowledged: bit 0 used buffers, bit 1 the configuration. */
+  u32 (*cause)(const struct virtio *device, u32 vector);
+};
+extern const struct virtio_transport virtio_mmio, virtio_pci;
+
+/* The `nth` device of a type on one transport; the number that is left when there are fewer is `*nth`. */
+bool virtio_mmio_find(struct virtio *device, u32 id, u32 *nth);
+bool virtio_pci_find(struct virtio *device, u32 id, u32 *nth);
+void virtio_mmio_list(void);
+void virtio_pci_list(void);
+
 struct virtq {
   struct virtio *device;
   u16 index, size;
@@ -112,16 +117,23 @@ struct virtq {
 };
 
 struct virtio {
-  u64 base; /* registers */
-  u32 irq, vector;
-  u32 id; /* device type */
+  const struct virtio_transport *transport;
+  u64 base;   /* registers: those of virtio-mmio, or the function's configuration page */
+  u64 config; /* configuration space */
+  u32 id;     /* device type */
+  u32 vector; /* interrupt vector, 0 when there is none; virtio-pci has another one for the configuration */
+  u32 config_vector;
+  u32 irq; /* virtio-mmio */
   bool level, active_low;
+  u64 common, notify, msix; /* virtio-pci */
+  u32 notify_multiplier, msix_control;
+  u16 notify_offset[VIRTIO_QUEUES];
   u64 offered, features;
   struct virtq queues[VIRTIO_QUEUES];
   volatile u32 interrupts, config_changes; /* so far */
 };
 
-/* The `nth` device (from 0) of a type, among those that ACPI announces. */
+/* The `nth` device (from 0) of a type: those that ACPI announces, then those on PCI. */
 bool virtio_find(struct virtio *device, u32 id, u32 nth);
 /* Resets the device and negotiates: `wanted` and the features of queues and transport, as far as they are offered. */
 const char *virtio_start(struct virtio *device, u64 wanted);

@@ -98,10 +98,17 @@ const breakingContext = (context: DeviceContext, defects: DeviceDefects): Device
   ...context,
   memory: new BreakingMemory(context.memory, defects),
   interrupts: context.interrupts.map((line) => ({
-    ...line,
+    gsi: line.gsi,
     trigger: () => {
       defects.reach("interrupt")
       line.trigger()
+    }
+  })),
+  messages: context.messages.map((message) => ({
+    route: (low, high, data) => message.route(low, high, data),
+    trigger: () => {
+      defects.reach("interrupt")
+      message.trigger()
     }
   }))
 })
