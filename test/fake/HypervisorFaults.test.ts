@@ -44,6 +44,7 @@ const reasonOf: { readonly [operation in FaultPlan.HypervisorOperation]?: GuestE
   addMemory: "GUEST_INITIALIZATION_FAILURE",
   attachBus: "DEVICE_INITIALIZATION_FAILURE",
   interruptLine: "DEVICE_INITIALIZATION_FAILURE",
+  messageInterrupt: "DEVICE_INITIALIZATION_FAILURE",
   createVcpu: "VCPU_START_FAILURE",
   setState: "VCPU_START_FAILURE",
   run: "VCPU_RUNTIME_FAILURE"

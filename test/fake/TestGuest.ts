@@ -82,6 +82,7 @@ export const makeRemote = (
   const device: Device = {
     name: "remote",
     ranges: [{ space: "pio", base: REMOTE_PORT, size: 4, read: "call", write: "call" }],
+    messages: 1,
     interrupts: [REMOTE_GSI],
     ...(options.policy === undefined ? {} : { policy: options.policy }),
     start: (context) =>
