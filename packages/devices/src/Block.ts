@@ -14,6 +14,7 @@ import * as Stream from "effect/Stream"
 import { openQcow2 } from "./block/qcow2/Qcow2Backend.ts"
 import { type VirtioBlk, virtioBlk } from "./block/VirtioBlk.ts"
 import { makeVolatileBackend } from "./block/VolatileBackend.ts"
+import { makeThrottle } from "./Throttle.ts"
 import { virtioOn } from "./virtio/VirtioTransport.ts"
 
 /** Puts the format over what a client opened, and opens what an image is the difference to. */
@@ -70,7 +71,12 @@ const makeDevices = Effect.fnUntraced(
         )
       )
       disks.push(
-        virtioBlk({ id: spec.id, backend, onEvent: (event) => void PubSub.publishUnsafe(events, event) })
+        virtioBlk({
+          id: spec.id,
+          backend,
+          onEvent: (event) => void PubSub.publishUnsafe(events, event),
+          throttle: yield* makeThrottle(spec.rateLimit)
+        })
       )
     }
     const services = Context.make(BlockDevices, {

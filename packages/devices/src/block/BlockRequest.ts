@@ -41,7 +41,9 @@ export interface RequestPorts {
 /** The operations by which failures are reported. */
 type Operation = "read" | "write" | "flush" | "discard" | "writeZeroes"
 
-const { IN: READ, OUT: WRITE, FLUSH, DISCARD, WRITE_ZEROES } = VirtioBlkType
+const { IN: READ, OUT: WRITE, FLUSH, GET_ID, DISCARD, WRITE_ZEROES } = VirtioBlkType
+/** No step: the answer is known. */
+const NOTHING = -1
 
 /** A place for one request at a time. */
 export class BlockRequest {
@@ -68,6 +70,7 @@ export class BlockRequest {
   readonly #headerView = new DataView(this.#header.buffer)
   readonly #statusByte = new Uint8Array(1)
   #ranges: DataView<ArrayBuffer> | undefined
+  #step = NOTHING
   #range = 0
   #rangeCount = 0
   #unmap = false
@@ -77,35 +80,32 @@ export class BlockRequest {
     this.#ports = ports
   }
 
-  /** Begins the request in {@link chain}, which has room for a status. It ends with a call of `onDone`, perhaps at once. */
-  begin(queue: Virtqueue): void {
+  /**
+   * Reads the request in {@link chain}, which has room for a status. Returns whether it is one for the back end, with its
+   * {@link length}: {@link begin} is next. Otherwise {@link status} is its answer already.
+   */
+  read(queue: Virtqueue): boolean {
     this.queue = queue
     this.type = -1
-    this.status = OK
     this.error = undefined
+    this.operation = "read"
+    this.offset = this.length = 0
+    this.#step = NOTHING
     this.#written = 0
-    this.offset = 0
-    this.length = 0
-    const { chain } = this
-    if (chain.read(0, this.#header) < HEADER_SIZE) return this.#refuse(IOERR)
-    const type = this.type = this.#headerView.getUint32(0, true)
-    // A sector beyond 2^53 bytes is beyond every disk, and so is what it is rounded to.
-    const sector = this.#headerView.getUint32(8, true) + this.#headerView.getUint32(12, true) * 2 ** 32
-    switch (type) {
-      case READ:
-        return this.#beginRead(sector)
-      case WRITE:
-        return this.#beginWrite(sector)
-      case FLUSH:
-        return this.#beginFlush(sector)
-      case VirtioBlkType.GET_ID:
-        return this.#beginGetId()
-      case DISCARD:
-        return this.#ports.discard ? this.#beginRanges("discard") : this.#refuse(UNSUPP)
-      case WRITE_ZEROES:
-        return this.#ports.writeZeroes ? this.#beginRanges("writeZeroes") : this.#refuse(UNSUPP)
-      default:
-        return this.#refuse(UNSUPP)
+    this.#range = this.#rangeCount = 0
+    this.status = this.#read()
+    return this.#step !== NOTHING
+  }
+
+  /** Hands what was read to the back end. It ends with a call of `onDone`, perhaps at once. */
+  begin(): void {
+    try {
+      if (this.#rangeCount > 0) this.#nextRange()
+      else this.#start(this.#step)
+    } catch (error) {
+      // A back end that throws is a defect of the device, and nobody is going to report the end of this operation.
+      this.pending = false
+      throw error
     }
   }
 
@@ -144,36 +144,77 @@ export class BlockRequest {
     this.#ports.onDone(this)
   }
 
-  /** Hands the request to the back end. */
-  #start(step: number): void {
-    const { backend } = this.#ports
-    this.pending = true
-    try {
-      switch (step) {
-        case READ:
-          return backend.read(this.offset, this.#buffers, this.#done)
-        case WRITE:
-          return backend.write(this.offset, this.#buffers, this.#done)
-        case FLUSH:
-          return backend.flush(this.#done)
-        case DISCARD:
-          return backend.discard?.(this.offset, this.length, this.#done)
-        case WRITE_ZEROES:
-          return backend.writeZeroes?.(this.offset, this.length, this.#unmap, this.#done)
-      }
-    } catch (error) {
-      // A back end that throws is a defect of the device, and nobody is going to report the end of this operation.
-      this.pending = false
-      throw error
+  /** Reads the request. Returns the status that is its answer, unless a step is to be done. */
+  #read(): number {
+    const { chain } = this
+    if (chain.read(0, this.#header) < HEADER_SIZE) return IOERR
+    const type = this.type = this.#headerView.getUint32(0, true)
+    // A sector beyond 2^53 bytes is beyond every disk, and so is what it is rounded to.
+    const sector = this.#headerView.getUint32(8, true) + this.#headerView.getUint32(12, true) * 2 ** 32
+    switch (type) {
+      case READ:
+        return this.#readRead(sector)
+      case WRITE:
+        return this.#readWrite(sector)
+      case FLUSH:
+        if (sector !== 0) return IOERR
+        this.operation = "flush"
+        this.#step = FLUSH
+        return OK
+      case GET_ID:
+        if (chain.writableBytes - 1 !== ID_SIZE) return IOERR
+        this.#written = chain.write(0, this.#ports.id)
+        return OK
+      case DISCARD:
+        return this.#ports.discard ? this.#readRanges("discard", DISCARD) : UNSUPP
+      case WRITE_ZEROES:
+        return this.#ports.writeZeroes ? this.#readRanges("writeZeroes", WRITE_ZEROES) : UNSUPP
+      default:
+        return UNSUPP
     }
   }
 
-  /** Ends the request without the back end. */
-  #refuse(status: number): void {
-    this.status = status
+  #readRead(sector: number): number {
+    const { chain } = this
+    const bytes = chain.writableBytes - 1
+    if (chain.readableBytes !== HEADER_SIZE || bytes > BLOCK_REQUEST_BYTES_MAX || !this.#place(sector, bytes)) {
+      return IOERR
+    }
+    if (bytes === 0) return OK
     this.operation = "read"
-    this.#rangeCount = 0
-    this.#ports.onDone(this)
+    this.#collect(chain.readableCount, chain.count, 0, bytes)
+    this.#step = READ
+    return OK
+  }
+
+  #readWrite(sector: number): number {
+    const { chain } = this
+    const bytes = chain.readableBytes - HEADER_SIZE
+    if (this.#ports.backend.readOnly || bytes > BLOCK_REQUEST_BYTES_MAX || !this.#place(sector, bytes)) return IOERR
+    if (bytes === 0) return OK
+    this.operation = "write"
+    this.#collect(0, chain.readableCount, HEADER_SIZE, bytes)
+    this.#step = WRITE
+    return OK
+  }
+
+  /** All ranges are checked before the first one is touched. */
+  #readRanges(operation: "discard" | "writeZeroes", step: number): number {
+    const { chain } = this
+    const bytes = chain.readableBytes - HEADER_SIZE
+    if (bytes === 0 || bytes % RANGE_SIZE !== 0 || bytes > BLOCK_RANGES_MAX * RANGE_SIZE) return IOERR
+    if (this.#ports.backend.readOnly) return IOERR
+    const ranges = this.#ranges ??= new DataView(new ArrayBuffer(BLOCK_RANGES_MAX * RANGE_SIZE))
+    chain.read(HEADER_SIZE, new Uint8Array(ranges.buffer, 0, bytes))
+    const known = operation === "writeZeroes" ? RANGE_UNMAP : 0
+    for (let at = 0; at < bytes; at += RANGE_SIZE) {
+      if ((ranges.getUint32(at + 12, true) & ~known) !== 0) return UNSUPP
+      if (ranges.getUint32(at + 8, true) > BLOCK_RANGE_SECTORS_MAX || !this.#placeRange(ranges, at)) return IOERR
+    }
+    this.operation = operation
+    this.#rangeCount = bytes / RANGE_SIZE
+    this.#step = step
+    return OK
   }
 
   /** Whether the range is whole sectors of the disk. */
@@ -185,77 +226,36 @@ export class BlockRequest {
     return true
   }
 
-  #beginRead(sector: number): void {
-    const { chain } = this
-    const bytes = chain.writableBytes - 1
-    if (chain.readableBytes !== HEADER_SIZE || bytes > BLOCK_REQUEST_BYTES_MAX || !this.#place(sector, bytes)) {
-      return this.#refuse(IOERR)
-    }
-    if (bytes === 0) return this.#refuse(OK)
-    this.operation = "read"
-    this.#rangeCount = this.#range = 0
-    this.#collect(chain.readableCount, chain.count, 0, bytes)
-    this.#start(READ)
-  }
-
-  #beginWrite(sector: number): void {
-    const { chain } = this
-    const bytes = chain.readableBytes - HEADER_SIZE
-    if (this.#ports.backend.readOnly || bytes > BLOCK_REQUEST_BYTES_MAX || !this.#place(sector, bytes)) {
-      return this.#refuse(IOERR)
-    }
-    if (bytes === 0) return this.#refuse(OK)
-    this.operation = "write"
-    this.#rangeCount = this.#range = 0
-    this.#collect(0, chain.readableCount, HEADER_SIZE, bytes)
-    this.#start(WRITE)
-  }
-
-  #beginFlush(sector: number): void {
-    if (sector !== 0) return this.#refuse(IOERR)
-    this.operation = "flush"
-    this.#rangeCount = this.#range = 0
-    this.#start(FLUSH)
-  }
-
-  #beginGetId(): void {
-    if (this.chain.writableBytes - 1 !== ID_SIZE) return this.#refuse(IOERR)
-    this.#written = this.chain.write(0, this.#ports.id)
-    this.operation = "read"
-    this.#rangeCount = 0
-    this.#ports.onDone(this)
-  }
-
-  /** All ranges are checked before the first one is touched. */
-  #beginRanges(operation: "discard" | "writeZeroes"): void {
-    const { chain } = this
-    const bytes = chain.readableBytes - HEADER_SIZE
-    if (bytes === 0 || bytes % RANGE_SIZE !== 0 || bytes > BLOCK_RANGES_MAX * RANGE_SIZE) return this.#refuse(IOERR)
-    if (this.#ports.backend.readOnly) return this.#refuse(IOERR)
-    const ranges = this.#ranges ??= new DataView(new ArrayBuffer(BLOCK_RANGES_MAX * RANGE_SIZE))
-    chain.read(HEADER_SIZE, new Uint8Array(ranges.buffer, 0, bytes))
-    const known = operation === "writeZeroes" ? RANGE_UNMAP : 0
-    for (let at = 0; at < bytes; at += RANGE_SIZE) {
-      const flags = ranges.getUint32(at + 12, true)
-      if ((flags & ~known) !== 0) return this.#refuse(UNSUPP)
-      const sectors = ranges.getUint32(at + 8, true)
-      const sector = ranges.getUint32(at, true) + ranges.getUint32(at + 4, true) * 2 ** 32
-      if (sectors > BLOCK_RANGE_SECTORS_MAX || !this.#place(sector, sectors * SECTOR_SIZE)) return this.#refuse(IOERR)
-    }
-    this.operation = operation
-    this.#range = 0
-    this.#rangeCount = bytes / RANGE_SIZE
-    this.#nextRange()
+  #placeRange(ranges: DataView, at: number): boolean {
+    const sector = ranges.getUint32(at, true) + ranges.getUint32(at + 4, true) * 2 ** 32
+    return this.#place(sector, ranges.getUint32(at + 8, true) * SECTOR_SIZE)
   }
 
   #nextRange(): void {
     const ranges = this.#ranges
     if (ranges === undefined) return
     const at = this.#range++ * RANGE_SIZE
-    const sector = ranges.getUint32(at, true) + ranges.getUint32(at + 4, true) * 2 ** 32
-    this.#place(sector, ranges.getUint32(at + 8, true) * SECTOR_SIZE)
+    this.#placeRange(ranges, at)
     this.#unmap = (ranges.getUint32(at + 12, true) & RANGE_UNMAP) !== 0
-    this.#start(this.operation === "discard" ? DISCARD : WRITE_ZEROES)
+    this.#start(this.#step)
+  }
+
+  /** Hands a step to the back end. */
+  #start(step: number): void {
+    const { backend } = this.#ports
+    this.pending = true
+    switch (step) {
+      case READ:
+        return backend.read(this.offset, this.#buffers, this.#done)
+      case WRITE:
+        return backend.write(this.offset, this.#buffers, this.#done)
+      case FLUSH:
+        return backend.flush(this.#done)
+      case DISCARD:
+        return backend.discard?.(this.offset, this.length, this.#done)
+      case WRITE_ZEROES:
+        return backend.writeZeroes?.(this.offset, this.length, this.#unmap, this.#done)
+    }
   }
 
   /** The bytes of the buffers `first` to `end`, without the first `skip`, at most `length`, in place. */

@@ -8,6 +8,7 @@
 import { type BlockBackend, SECTOR_SIZE } from "@troupe/core/BlockBackend"
 import type { BlockEvent, BlockStatistics } from "@troupe/core/BlockDevices"
 import * as Effect from "effect/Effect"
+import type { Throttle } from "../Throttle.ts"
 import { type Features, hasFeature, makeFeatures } from "../virtio/Features.ts"
 import type { VirtioBehaviour, VirtioContext, VirtioDevice } from "../virtio/VirtioDevice.ts"
 import type { Virtqueue } from "../virtio/Virtqueue.ts"
@@ -38,6 +39,8 @@ import {
 
 /** A back end has ended requests. */
 const SIGNAL_DONE = 0
+/** There are tokens for a request that waits for them. */
+const SIGNAL_TOKENS = 1
 
 /** What a disk is made of. */
 export interface VirtioBlkOptions {
@@ -46,6 +49,8 @@ export interface VirtioBlkOptions {
   readonly backend: BlockBackend
   /** Takes what the host is to know. Default: nobody. */
   readonly onEvent?: (event: BlockEvent) => void
+  /** How fast the guest may go. It outlives resets and restarts. Default: no limit. */
+  readonly throttle?: Throttle
 }
 
 /** A block device, before a transport, and what it counts. */
@@ -97,6 +102,8 @@ const configOf = (backend: BlockBackend): Uint8Array => {
 
 /** The disk at work: one generation of it. */
 class Disk implements VirtioBehaviour {
+  /** Wakes the disk when there are tokens. */
+  run?: Effect.Effect<never>
   readonly #ports: RequestPorts
   readonly #options: VirtioBlkOptions
   readonly #counters: Counters
@@ -105,7 +112,12 @@ class Disk implements VirtioBehaviour {
   readonly #free: Array<BlockRequest> = []
   /** Requests that a back end has ended and that are not answered yet. */
   readonly #ended: Array<BlockRequest> = []
+  /** Requests that were taken from the queue and not answered. */
   #busy = 0
+  /** Requests that a back end has. */
+  #pending = 0
+  /** A request that waits for tokens. */
+  #waiting: BlockRequest | undefined
   #queue: Virtqueue | undefined
   /** A turn is being done, and answers what ends in it. */
   #inTurn = false
@@ -155,8 +167,8 @@ class Disk implements VirtioBehaviour {
     }
   }
 
-  signal(): boolean {
-    this.#signalled = false
+  signal(number: number): boolean {
+    if (number === SIGNAL_DONE) this.#signalled = false
     this.#inTurn = true
     try {
       this.#answer()
@@ -171,13 +183,16 @@ class Disk implements VirtioBehaviour {
 
   reset(): boolean {
     this.#queue = undefined
+    const waiting = this.#waiting
+    if (waiting !== undefined) {
+      this.#waiting = undefined
+      this.#busy--
+      waiting.release()
+      this.#free.push(waiting)
+    }
+    this.#options.throttle?.reset()
     if (!this.#inTurn) this.#answer()
     return this.#busy === 0
-  }
-
-  /** Requests that a back end has. */
-  get #pending(): number {
-    return this.#busy - this.#ended.length
   }
 
   /** Begins requests that wait in the queue, within the turn's budget. Returns whether there may be more to begin now. */
@@ -185,6 +200,7 @@ class Disk implements VirtioBehaviour {
     const queue = this.#queue
     if (queue === undefined) return false
     queue.suppressNotifications()
+    const { throttle } = this.#options
     let bytes = 0
     for (let count = 0; count < BLOCK_REQUESTS_PER_TURN && bytes < BLOCK_BYTES_PER_TURN; count++) {
       // Those that ended in this turn are answered before more is begun than there is room for.
@@ -192,30 +208,48 @@ class Disk implements VirtioBehaviour {
         if (this.#ended.length === 0) return false
         this.#answer()
       }
-      const request = this.#free.pop() ?? new BlockRequest(this.#ports)
-      if (!queue.take(request.chain)) {
-        this.#free.push(request)
-        return queue.resumeNotifications()
+      const waiting = this.#waiting
+      const request: BlockRequest | undefined = waiting ?? this.#take(queue)
+      if (request === undefined) return queue.fault === undefined && queue.resumeNotifications()
+      if (request !== waiting && !request.read(queue)) {
+        // What is refused costs the time that it takes to blank its buffers.
+        bytes += request.chain.writableBytes
+        this.#ended.push(request)
+        continue
       }
-      if (request.chain.writableBytes === 0) {
-        this.#free.push(request)
-        queue.reject("a request to a disk has no room for its status")
+      if (throttle?.admit(request.length) === false) {
+        this.#waiting = request
         return false
       }
-      this.#busy++
+      this.#waiting = undefined
+      this.#pending++
       try {
-        request.begin(queue)
-      } catch (defect) {
-        // No back end has it, so the end of this generation must not wait for it.
-        this.#busy--
-        throw defect
+        request.begin()
+      } catch (error) {
+        if (!request.pending) this.#pending--
+        throw error
       }
       bytes += request.length
     }
     return true
   }
 
+  /** Takes the next chain, which has room for a status. */
+  #take(queue: Virtqueue): BlockRequest | undefined {
+    const request = this.#free.pop() ?? new BlockRequest(this.#ports)
+    if (queue.take(request.chain)) {
+      if (request.chain.writableBytes > 0) {
+        this.#busy++
+        return request
+      }
+      queue.reject("a request to a disk has no room for its status")
+    }
+    this.#free.push(request)
+    return undefined
+  }
+
   #onDone(request: BlockRequest): void {
+    this.#pending--
     this.#ended.push(request)
     if (this.#inTurn) return
     if (this.#pending === 0) {
@@ -270,6 +304,8 @@ const start = (options: VirtioBlkOptions, counters: Counters) =>
     // Back ends end many requests one after the other: the device works when they have all been told of.
     const disk = new Disk(options, counters, () => dispatcher.scheduleTask(() => context.signal(SIGNAL_DONE), 0))
     yield* Effect.addFinalizer(() => disk.idle)
+    const { throttle } = options
+    if (throttle !== undefined) disk.run = throttle.run(() => context.signal(SIGNAL_TOKENS))
     return disk
   })
 
