@@ -77,6 +77,55 @@ const BENCHES: ReadonlyArray<Bench> = [
       (await (await import("./rows/Boot.ts")).boots(effort)).filter((row) => row.name === "boot-time")
   },
   {
+    name: "vsock-g2h",
+    about: "bytes of a guest to its host on one connection, beside a Unix socket",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).guestToHost(effort))
+  },
+  {
+    name: "vsock-h2g",
+    about: "bytes of a host to its guest on one connection, beside a Unix socket",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).hostToGuest(effort))
+  },
+  {
+    name: "vsock-g2h-8",
+    about: "bytes of a guest to its host on eight connections, beside a Unix socket",
+    needs: "kvm",
+    quick: false,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).guestToHostOnEight(effort))
+  },
+  {
+    name: "vsock-rtt",
+    about: "round trip of a byte from the host to the guest's echo, beside a Unix socket",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).roundTrip(effort))
+  },
+  {
+    name: "vsock-connects",
+    about: "connections a second that a guest makes, beside a Unix socket",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).connects(effort))
+  },
+  {
+    name: "vsock-idle-memory",
+    about: "memory of each of 10,000 connections that do nothing, beside Unix sockets",
+    needs: undefined,
+    quick: true,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).idleMemory(effort))
+  },
+  {
+    name: "vsock-loop",
+    about: "packets of 64 KiB through the device's part of vsock, on one core",
+    needs: undefined,
+    quick: true,
+    run: async (effort) => one((await import("./rows/Vsock.ts")).loop(effort))
+  },
+  {
     name: "fake-lifecycles",
     about: "lifecycles on the fake for each second of processor time",
     needs: undefined,

@@ -114,6 +114,15 @@ export class VsockSession {
     }
   }
 
+  /** All connections. */
+  connections(): ReadonlyArray<VsockConnection> {
+    const all: Array<VsockConnection> = []
+    for (const ports of this.#connections.values()) {
+      for (const connections of ports.values()) all.push(...connections.values())
+    }
+    return all
+  }
+
   /** Whether packets of the guest can be taken: each may need a RST as its answer. */
   get hasRoomForResets(): boolean {
     return this.#resets.length < RESETS_WAITING_MAX
@@ -229,11 +238,7 @@ export class VsockSession {
   /** The driver is gone. */
   end(): void {
     this.#ended = true
-    for (const ports of this.#connections.values()) {
-      for (const connections of ports.values()) {
-        for (const connection of connections.values()) connection.lose()
-      }
-    }
+    for (const connection of this.connections()) connection.lose()
     this.runTasks()
   }
 
