@@ -162,7 +162,10 @@ const unixRoundTrips = async (count: number): Promise<ReadonlyArray<number>> => 
     socket.on("data", () => {
       const now = performance.now()
       times.push((now - sent) * 1000)
-      if (times.length === count) return socket.end()
+      if (times.length === count) {
+        socket.end()
+        return
+      }
       sent = now
       socket.write(ONE_BYTE)
     })
