@@ -55,6 +55,9 @@ const started = (options: FakePortOptions = {}, lineOptions: Partial<NetLineOpti
 const frameOf = (length: number, seed: number) =>
   Uint8Array.from({ length }, (_, i) => (i * 31 + seed * 17 + (i >> 8)) & 0xff)
 
+/** The header of a frame that is larger than the MTU. */
+const SEGMENTED = { ...PLAIN_HEADER, flags: 1, gsoType: 1, gsoSize: 1448, checksumStart: 34, checksumOffset: 16 }
+
 const ALL = Object.values(F)
 
 describe("Net", () => {
@@ -135,7 +138,9 @@ describe("Net", () => {
             const supply = () => {
               while (supplied < 20_000 && runGuest(driver.supply(next(supplied), options.indirect))) supplied++
             }
-            for (const [seed, length] of lengths.entries()) port.put(frameOf(length, seed))
+            for (const [seed, length] of lengths.entries()) {
+              port.put(frameOf(length, seed), length > 1518 ? SEGMENTED : PLAIN_HEADER)
+            }
             const received: Array<Uint8Array> = []
             for (let idle = 0; received.length < lengths.length && idle < 3000; idle++) {
               supply()
@@ -228,10 +233,11 @@ describe("Net", () => {
               .concat(F.CSUM, F.GUEST_CSUM, F.CTRL_VQ)
             const { cpu, harness, line, port, start } = yield* started({ accepts })
             const driver = start({ features })
-            const possible = (driver.has(F.HOST_TSO4) ? [1] : []).concat(
-              driver.has(F.HOST_TSO6) ? [4] : [],
-              driver.has(F.HOST_USO) ? [5] : []
-            )
+            const possible = new Set([
+              driver.has(F.HOST_TSO4) ? 1 : 0,
+              driver.has(F.HOST_TSO6) ? 4 : 0,
+              driver.has(F.HOST_USO) ? 5 : 0
+            ])
             for (const { header, length, splits } of frames) {
               const before = port.sent.length
               while (!runGuest(driver.send(frameOf(length, 1), header, splits))) {
@@ -246,7 +252,7 @@ describe("Net", () => {
               const whole = header.gsoType === 0
               const legal = length >= 14 && length <= 65_553 && (!partial || inFrame) && (whole
                 ? length <= 1518
-                : partial && possible.includes(header.gsoType) && header.gsoSize > 0)
+                : partial && possible.has(header.gsoType) && header.gsoSize > 0)
               if (!legal) assert.strictEqual(sent.length, 0)
               else if (whole) assert.strictEqual(sent.length, 1)
               for (const { bytes, header: given } of sent) {
@@ -439,6 +445,41 @@ describe("Net", () => {
       port.put(frameOf(61, 7))
       harness.settle()
       assert.deepStrictEqual(driver.poll()?.bytes, frameOf(61, 7))
+    }))
+
+  it.effect("gives a driver no frame and no offload that it does not know of", () =>
+    Effect.gen(function*() {
+      const { harness, line, port, start } = yield* started({ delivers: OFFLOADS_ALL })
+      const known: ReadonlyArray<readonly [features: ReadonlyArray<number>, gsoTypes: ReadonlyArray<number>]> = [
+        [[], []],
+        [[F.GUEST_CSUM], []],
+        [[F.GUEST_CSUM, F.GUEST_TSO4], [1]],
+        [[F.GUEST_CSUM, F.GUEST_TSO6], [4]],
+        [[F.GUEST_CSUM, F.GUEST_USO4], []],
+        [[F.GUEST_CSUM, F.GUEST_USO4, F.GUEST_USO6], [5]]
+      ]
+      for (const [features, gsoTypes] of known) {
+        const driver = start({ features })
+        const checksums = features.includes(F.GUEST_CSUM)
+        for (const flags of [0, 1, 2, 3]) {
+          for (const gsoType of [0, 1, 3, 4, 5]) {
+            runGuest(driver.supply([12, 65_553]))
+            const header = { ...SEGMENTED, flags, gsoType, gsoSize: gsoType === 0 ? 0 : 1448 }
+            port.put(frameOf(gsoType === 0 ? 100 : 3000, flags), header)
+            harness.settle()
+            const got = driver.poll()
+            const takes = (gsoType === 0 || gsoTypes.includes(gsoType)) && (checksums || (flags & 1) === 0)
+            const wanted = takes ? { ...header, flags: checksums ? flags : 0 } : undefined
+            assert.deepStrictEqual(got?.header, wanted, `${features.join()} ${flags} ${gsoType}`)
+          }
+        }
+      }
+      assert.isAbove(line.interface.counters().dropped["bad-header"], 0)
+      const driver = start({ features: [F.MTU] })
+      for (let i = 0; i < 3; i++) runGuest(driver.supply([12, 4000]))
+      for (const length of [1518, 1519, 1514]) port.put(frameOf(length, 1))
+      harness.settle()
+      assert.deepStrictEqual([driver.poll()?.bytes.length, driver.poll()?.bytes.length], [1518, 1514])
     }))
 
   it.effect("leaves frames in the port while the driver has given no buffers", () =>

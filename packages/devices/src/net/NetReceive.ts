@@ -4,7 +4,8 @@
  * How large the next frame is, only the port knows. So the device holds chains in advance, as many as the frames of late have
  * needed, and keeps those that a frame leaves. A frame that needs more buffers than the guest has given waits in the port.
  */
-import { ETHERNET_HEADER_SIZE, FRAME_SIZE_MAX, NetFrame } from "@troupe/core/NetFrame"
+import { Offload } from "@troupe/core/NetBackend"
+import { ETHERNET_HEADER_SIZE, FRAME_SIZE_MAX, GSO_NONE, NetFrame, VLAN_TAG_SIZE } from "@troupe/core/NetFrame"
 import { DescriptorChain } from "../virtio/DescriptorChain.ts"
 import type { Virtqueue } from "../virtio/Virtqueue.ts"
 import { NET_HEADER_SIZE, NetHeader } from "./NetLayout.ts"
@@ -33,6 +34,8 @@ export class NetReceive {
   offloads = 0
   #queue: Virtqueue | undefined
   #mergeable = false
+  /** The largest frame without segments: that of the MTU, for a driver that knows of it. */
+  #sizeMax = FRAME_SIZE_MAX
   /** The chains that are held, in the order of the queue: a ring that grows to the size of the queue at most. */
   #chains: Array<DescriptorChain> = []
   #first = 0
@@ -50,8 +53,9 @@ export class NetReceive {
   }
 
   /** A driver is ready. */
-  start(queue: Virtqueue | undefined, mergeable: boolean, offloads: number): void {
+  start(queue: Virtqueue | undefined, mergeable: boolean, offloads: number, mtu: number | undefined): void {
     this.stop()
+    this.#sizeMax = mtu === undefined ? FRAME_SIZE_MAX : mtu + ETHERNET_HEADER_SIZE + VLAN_TAG_SIZE
     this.offloads = offloads
     this.#queue = queue
     this.#mergeable = mergeable
@@ -112,7 +116,7 @@ export class NetReceive {
         this.#pending = length
         return false
       }
-      if (length < ETHERNET_HEADER_SIZE) {
+      if (length < ETHERNET_HEADER_SIZE || (frame.gsoType === GSO_NONE && length > this.#sizeMax)) {
         line.drop(Drop.BAD_SIZE)
       } else if ((offloadsOf(frame) & ~this.offloads) !== 0) {
         // On its way before the driver said that it does not want such frames.
@@ -216,7 +220,8 @@ export class NetReceive {
     for (let left = length + NET_HEADER_SIZE; left > 0; buffers++) left -= this.#chain(buffers)?.writableBytes ?? left
     const frame = this.#frame
     const header = this.#headerView
-    header.setUint8(NetHeader.FLAGS, frame.flags)
+    // A driver that does not know of checksums is told nothing about them.
+    header.setUint8(NetHeader.FLAGS, (this.offloads & Offload.CHECKSUM) === 0 ? 0 : frame.flags)
     header.setUint8(NetHeader.GSO_TYPE, frame.gsoType)
     header.setUint16(NetHeader.HDR_LEN, frame.headerLength, true)
     header.setUint16(NetHeader.GSO_SIZE, frame.gsoSize, true)

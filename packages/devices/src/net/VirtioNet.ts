@@ -126,7 +126,12 @@ const makeBehaviour = (line: NetLine, context: VirtioContext): VirtioBehaviour =
       const receives = offloadsIn(features, RECEIVE_FEATURES)
       const commands = hasFeature(features, NetFeature.CTRL_VQ)
       line.port.allowOffloads(receives)
-      receive.start(queues[NetQueue.RECEIVE], hasFeature(features, NetFeature.MRG_RXBUF), receives)
+      receive.start(
+        queues[NetQueue.RECEIVE],
+        hasFeature(features, NetFeature.MRG_RXBUF),
+        receives,
+        hasFeature(features, NetFeature.MTU) ? line.port.mtu : undefined
+      )
       transmit.start(queues[NetQueue.TRANSMIT], sends)
       control.start(commands ? queues[NetQueue.CONTROL] : undefined, {
         rx: hasFeature(features, NetFeature.CTRL_RX),
