@@ -203,6 +203,12 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("troupe on KVM"), () => {
     }
   })
 
+  it("has a virtio console on the terminal when told to, and not the serial port", async () => {
+    const run = new Run(["run", "-q", "--kernel", GUEST, "--cmdline", "console", "--console", "virtio"])
+    run.process.stdin?.write("hello quit")
+    assert.deepStrictEqual(await run.ended, { code: 0, signal: null, stdout: "!hello quit", stderr: "" })
+  })
+
   it("types standard input into the guest", async () => {
     const run = new Run(["run", "-q", "--kernel", GUEST, "--cmdline", "quiet echo"])
     await run.printed("echo ready")

@@ -1,4 +1,4 @@
-/** `troupe run`: one guest on this host's KVM, its serial port on the terminal. */
+/** `troupe run`: one guest on this host's KVM, its serial port or its console on the terminal. */
 import type { GuestConfigInput } from "@troupe/core/GuestConfig"
 import type { GuestError } from "@troupe/core/GuestError"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
@@ -19,7 +19,7 @@ import { describeStop, ExitCode, exitCodeHelp, exitCodeOfError, exitCodeOfStop }
 import { ExitStatus } from "./ExitStatus.ts"
 import { layerNets, netSyntax, parseNet } from "./NetOption.ts"
 import { makeProgress } from "./Progress.ts"
-import { OutputLost, showOutput, typeInput } from "./Terminal.ts"
+import { followSize, OutputLost, showOutput, typeInput } from "./Terminal.ts"
 
 const flags = {
   kernel: Flag.String("kernel").pipe(
@@ -31,8 +31,14 @@ const flags = {
     Flag.optional
   ),
   cmdline: Flag.String("cmdline").pipe(
-    Flag.withDescription("The kernel's command line"),
-    Flag.withDefault("console=ttyS0 panic=-1")
+    Flag.withDescription(
+      "The kernel's command line; default: console=ttyS0 panic=-1, with --console virtio console=hvc0 panic=-1"
+    ),
+    Flag.optional
+  ),
+  console: Flag.Literals("console", ["serial", "virtio"]).pipe(
+    Flag.withDescription("What is on this terminal: the serial port (ttyS0), or a virtio console (hvc0)"),
+    Flag.withDefault("serial")
   ),
   cpus: Flag.Int("cpus").pipe(
     Flag.withAlias("c"),
@@ -107,7 +113,11 @@ export const runCommand = Command.make("run", flags, (input) => {
     kernelType: "LINUX",
     kernel: fromPath(input.kernel),
     ...(Option.isSome(input.initrd) ? { ramdisk: fromPath(input.initrd.value) } : {}),
-    cmdline: input.cmdline,
+    cmdline: Option.getOrElse(
+      input.cmdline,
+      () => `console=${input.console === "virtio" ? "hvc0" : "ttyS0"} panic=-1`
+    ),
+    virtioConsole: input.console === "virtio",
     cpus: input.cpus,
     guestMemory: input.memory,
     virtioRng: input.rng,
@@ -169,11 +179,13 @@ const runGuest = Effect.fnUntraced(function*(
   const result = yield* Effect.gen(function*() {
     yield* lifecycle.create(config)
     const guest = yield* lifecycle.bind
-    const serial = yield* guest.getSerial
+    const console = config.virtioConsole === true ? yield* guest.getConsole : undefined
+    const port = console ?? (yield* guest.getSerial)
+    if (console !== undefined) yield* followSize(console)
     if (vsockPath !== undefined) yield* VsockUnixSockets.serve(yield* guest.getHostVsockEndpoint, vsockPath)
     yield* progress.wait("running; no output yet")
-    const shown = yield* Effect.forkScoped(showOutput(serial, progress.done))
-    yield* typeInput(serial)
+    const shown = yield* Effect.forkScoped(showOutput(port, progress.done))
+    yield* typeInput(port)
     // What the guest wrote last is still to be shown when it is gone, unless nobody reads it.
     const showRest = Fiber.await(shown).pipe(Effect.timeoutOption(SHOW_REST_LIMIT))
     // A guest that nobody hears is stopped.
