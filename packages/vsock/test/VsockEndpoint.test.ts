@@ -223,7 +223,7 @@ describe("Guests of one manager", () => {
         const second = yield* Layer.build(layerMachine(manager))
         const a = yield* Effect.provide(create(server), first)
         const b = yield* Effect.provide(create(client), second)
-        assert.deepStrictEqual(yield* manager.guests, [3, 4])
+        assert.deepStrictEqual<ReadonlyArray<number>>(yield* manager.guests, [3, 4])
         assert.deepStrictEqual([a.endpoint.guestCid, b.endpoint.guestCid], [3, 4])
         const serving = yield* Effect.forkChild(a.lifecycle.run)
         yield* b.lifecycle.run
