@@ -2,7 +2,8 @@
  * A machine's message-signalled interrupts on KVM: an eventfd each (`KVM_IRQFD`), and the table that says which message the
  * kernel sends when it is rung (`KVM_SET_GSI_ROUTING`).
  *
- * The kernel takes the table as a whole. So it also has what the kernel had put there for the interrupt controllers' inputs.
+ * The kernel takes the table as a whole, and takes its time over it. So the table also has what the kernel had put there for the
+ * interrupt controllers' inputs, and it is handed over when the first interrupt needs it, not at each of a guest's changes.
  */
 import { HypervisorError, type MessageInterrupt } from "@troupe/core/Hypervisor"
 import * as Effect from "effect/Effect"
@@ -83,16 +84,26 @@ export const messageRoutes = (
   hasVcpus: () => boolean
 ): Effect.Effect<MessageInterrupt, HypervisorError, Ffi | Scope.Scope> => {
   const messages = new Set<Message>()
+  /** Those whose message the kernel does not know yet. */
+  const changed = new Set<Message>()
   const free: Array<number> = []
   let nextGsi: number = KvmValue.KVM_IOAPIC_NUM_PINS
   return Effect.gen(function*() {
     const ffi = yield* Ffi
-    const update = (): number =>
+    const handOver = (): number =>
       ffi.functions.ioctlBuffer(
         vm,
         KvmIoctl.KVM_SET_GSI_ROUTING.request,
         encodeRoutes(Array.from(messages).filter(({ routed }) => routed))
       )
+    const update = (): void => {
+      if (handOver() < 0) {
+        // A message that the kernel does not take is one that nobody would get. It must not keep the others back.
+        for (const message of changed) message.routed = false
+        handOver()
+      }
+      changed.clear()
+    }
     const message = yield* Effect.acquireRelease(
       Effect.suspend(() => {
         const gsi = free.pop() ?? nextGsi++
@@ -110,6 +121,7 @@ export const messageRoutes = (
       (message) =>
         Effect.sync(() => {
           messages.delete(message)
+          changed.delete(message)
           free.push(message.gsi)
         })
     )
@@ -121,14 +133,16 @@ export const messageRoutes = (
       () => hasVcpus() ? Effect.ignore(set(KvmValue.KVM_IRQFD_FLAG_DEASSIGN)) : Effect.void
     )
     return {
-      trigger: eventFd.trigger,
+      trigger: () => {
+        if (changed.size > 0) update()
+        eventFd.trigger()
+      },
       route: (addressLow, addressHigh, data) => {
         message.addressLow = addressLow
         message.addressHigh = addressHigh
         message.data = data
         message.routed = true
-        // A message that the kernel does not take is one that nobody would get. Without it the table is what it was.
-        if (update() < 0) message.routed = false
+        changed.add(message)
       }
     }
   })
