@@ -464,6 +464,23 @@ describe("Balloon", () => {
       assert.strictEqual(runGuest(driver.status(cpu)) & VirtioStatus.DEVICE_NEEDS_RESET, 0)
     }))
 
+  it.effect("asks for the same again when the device fails and is started again, and who waits for statistics gets them", () =>
+    Effect.gen(function*() {
+      const { balloon, config, harness, start, stats } = yield* started
+      yield* balloon.controller.requestNumPages(9)
+      start()
+      harness.settle()
+      const waits = yield* Effect.forkChild(balloon.controller.getMemStats)
+      yield* TestClock.adjust(1)
+      yield* harness.start
+      assert.strictEqual(harness.read(0, VirtioMmio.Status, 4) & VirtioStatus.DEVICE_NEEDS_RESET, 64)
+      const driver = start()
+      harness.settle()
+      assert.strictEqual(config(BalloonConfig.num_pages), 9)
+      stats(driver, [[MemStatTag.MEMFREE, 3n]])
+      assert.deepStrictEqual((yield* Fiber.join(waits)).stats, [{ tag: MemStatTag.MEMFREE, val: 3 }])
+    }))
+
   it.effect("says that the machine is gone, to those who wait as well", () =>
     Effect.gen(function*() {
       const scope = yield* Scope.make()

@@ -269,6 +269,30 @@ describe("Console", () => {
       assert.deepStrictEqual(memory.slice(DATA_ADDRESS + 0x10_0000, 30), pattern(30, 20))
     }))
 
+  it.effect("keeps its streams, its size and what waits when the device fails and is started again", () =>
+    Effect.gen(function*() {
+      const { console, cpu, harness, memory, read, settle, start } = yield* started(2, ["one"])
+      const scope = yield* Scope.make()
+      const first = start(SIZE_BIT)
+      runGuest(first.send(cpu, 1, [outputBuffers(memory, pattern(4), [4])]))
+      const writer = yield* Effect.forkChild(console.write(pattern(6)))
+      yield* console.resize({ cols: 7, rows: 8 })
+      yield* settle
+      yield* Scope.provide(harness.start, scope)
+      assert.isFalse(writer.pollUnsafe() !== undefined)
+      assert.strictEqual(harness.read(0, VirtioMmio.Status, 4) & VirtioStatus.DEVICE_NEEDS_RESET, 64)
+      const second = start(SIZE_BIT)
+      assert.strictEqual(harness.read(0, VirtioMmio.Config + ConsoleConfig.cols, 2), 7)
+      runGuest(second.send(cpu, 0, [[{ address: DATA_ADDRESS + 0x8_0000, length: 10, writable: true }]]))
+      runGuest(second.send(cpu, 1, [outputBuffers(memory, pattern(3), [3])]))
+      yield* settle
+      yield* Fiber.join(writer)
+      assert.strictEqual(second.queue(0).poll()?.written, 6)
+      assert.deepStrictEqual(yield* read, concat([pattern(4), pattern(3)]))
+      assert.deepStrictEqual(console.ports().map(({ name }) => name), ["one"])
+      yield* Scope.close(scope, Exit.void)
+    }))
+
   it.effect("needs a reset for output that is not readable, gives back input that is not writable, and works after it", () =>
     Effect.gen(function*() {
       const { console, cpu, harness, read, settle, start } = yield* started()
