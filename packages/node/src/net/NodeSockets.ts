@@ -96,9 +96,14 @@ class NodeTcp implements HostTcp {
     this.#events = events
   }
 
-  /** Tells when it is connected. */
-  onConnect(): void {
+  /** Begins to connect. A place that makes no sense, such as a port that is none, is a failure like others. */
+  connect(to: HostEndpoint): void {
     this.#socket.once("connect", () => this.#events?.connected())
+    try {
+      this.#socket.connect({ host: to.address, port: to.port })
+    } catch (error) {
+      this.#socket.destroy(error instanceof Error ? error : new Error(String(error)))
+    }
   }
 
   write(bytes: Uint8Array): void {
@@ -156,7 +161,11 @@ class NodeUdp implements HostUdp {
       this.#early = undefined
       if (early !== undefined) { for (const bytes of early) this.send(bytes) }
     })
-    socket.connect(to.port, to.address)
+    try {
+      socket.connect(to.port, to.address)
+    } catch (error) {
+      queueMicrotask(() => this.#events?.failed(failureOf(error)))
+    }
   }
 
   send(bytes: Uint8Array): void {
@@ -281,8 +290,7 @@ export const layerWith = (options: NodeSocketsOptions): Layer.Layer<HostSockets>
           const socket = new Socket({ allowHalfOpen: true })
           const tcp = new NodeTcp(socket, all)
           tcp.attach(events)
-          tcp.onConnect()
-          socket.connect({ host: to.address, port: to.port })
+          tcp.connect(to)
           return tcp
         },
         connectUdp: (to, events) => new NodeUdp(to, events, all),

@@ -25,15 +25,14 @@ export const parseResolvConf = (text: string): ReadonlyArray<HostEndpoint> =>
 export const makeResolvConf = (path: string): () => ReadonlyArray<HostEndpoint> => {
   let read: { readonly changed: number; readonly servers: ReadonlyArray<HostEndpoint> } | undefined
   return () => {
-    const changed = statSync(path, { throwIfNoEntry: false })?.mtimeMs
-    if (changed === undefined) return []
-    if (read === undefined || read.changed !== changed) {
-      try {
+    try {
+      const changed = statSync(path).mtimeMs
+      if (read === undefined || read.changed !== changed) {
         read = { changed, servers: parseResolvConf(readFileSync(path, "utf8")) }
-      } catch {
-        return []
       }
+      return read.servers
+    } catch {
+      return []
     }
-    return read.servers
   }
 }

@@ -5,8 +5,10 @@ import { EntropySource } from "@troupe/devices"
 import { type HostEndpoint } from "@troupe/devices/net/user/HostSockets"
 import { allow, allowNetworks, type NetConnection, type NetPolicy, redirect } from "@troupe/devices/net/user/NetPolicy"
 import { layerUserNet, type UserNetBackendOptions } from "@troupe/devices/net/user/UserNetBackend"
+import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
+import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
 import * as Scope from "effect/Scope"
 import { createSocket, type RemoteInfo } from "node:dgram"
@@ -233,6 +235,32 @@ describe("user-mode network", () => {
       late.on("error", () => (failed = true))
       yield* until(() => failed)
       assert.deepStrictEqual(guest.net.usage, { tcp: 0, udp: 0, tcpBytes: 0, lost: 0 })
+    }))
+
+  it.live("closes the connections of a guest that goes away, however it goes", () =>
+    Effect.gen(function*() {
+      const { port, sockets } = yield* serve((socket) => void socket.resume())
+      const opened = yield* Deferred.make<void>()
+      const running = yield* Effect.forkChild(Effect.scoped(Effect.gen(function*() {
+        const guest = yield* guestOn({ policy: toLoopback(port) })
+        const streams = [guest.connect(80), guest.connect(81), guest.connect(82)]
+        yield* until(() => sockets.size === streams.length)
+        yield* Deferred.succeed(opened, undefined)
+        return yield* Effect.never
+      })))
+      yield* Deferred.await(opened)
+      yield* Fiber.interrupt(running)
+      yield* until(() => sockets.size === 0)
+    }))
+
+  it.live("refuses what a policy sends to a place that is none", () =>
+    Effect.gen(function*() {
+      const guest = yield* guestOn({ policy: () => Effect.succeed(redirect("127.0.0.1", 70_000)) })
+      const stream = guest.connect(80)
+      yield* until(() => stream.wasReset)
+      guest.datagram(text("lost"), 7)
+      yield* Effect.sleep("5 millis")
+      assert.deepStrictEqual(guest.datagrams, [])
     }))
 
   it.live("says which port of the host is taken", () =>

@@ -216,6 +216,8 @@ export class UserNet implements NetPort {
     }
     const packet = new Uint8Array(ip.end)
     frame.read(0, packet)
+    // What was checked stays as it was checked, whatever the guest does to its memory meanwhile.
+    packet.set(this.#peek.subarray(0, ip.payload))
     if (ip.protocol === PROTOCOL_UDP) {
       const several = frame.gsoType === GSO_UDP_L4 ? frame.gsoSize : 0
       this.#receiveUdp(packet, guestMac, ip.payload, ip.end, isGroup, checked, several)

@@ -63,13 +63,21 @@ const makeTimer = (clock: Clock.Clock) => {
   return { wakeAt, run }
 }
 
+/** The most failures of a policy that a network logs: a guest may cause them as often as it likes. */
+const FAILURES_LOGGED = 16
+
 /** Asks a policy. One that throws, fails or dies refuses. */
-const ask = (policy: NetPolicy, connection: NetConnection): Effect.Effect<NetDecision> =>
-  Effect.suspend(() => policy(connection)).pipe(
-    Effect.catchCause((cause) =>
-      Effect.as(Effect.logWarning("the network policy has failed: the connection is refused", cause), reset)
+const makeAsk = (policy: NetPolicy, name: string) => {
+  let failures = 0
+  return (connection: NetConnection): Effect.Effect<NetDecision> =>
+    Effect.suspend(() => policy(connection)).pipe(
+      Effect.catchCause((cause) => {
+        if (failures++ >= FAILURES_LOGGED) return Effect.succeed(reset)
+        const log = Effect.logWarning(`${name}: the network policy has failed, the connection is refused`, cause)
+        return Effect.as(log, reset)
+      })
     )
-  )
+}
 
 const forwardTcp = (network: UserNet, sockets: HostSockets["Service"], forward: PortForward) =>
   sockets.listenTcp(forward.host, (socket, from) => network.acceptTcp(socket, from, forward.guestPort))
@@ -106,7 +114,7 @@ const open = (
     if (mac === undefined) {
       return yield* new NetBackendError({ operation, detail: `${request.macAddress} is not a MAC address` })
     }
-    const policy = options.policy ?? allowNetworks
+    const ask = makeAsk(options.policy ?? allowNetworks, request.name)
     const clock = yield* Clock.Clock
     const fork = yield* FiberSet.makeRuntime<never, NetDecision>()
     const timer = makeTimer(clock)
@@ -120,7 +128,7 @@ const open = (
       },
       sockets,
       decide: (connection, answer) => {
-        const fiber = fork(ask(policy, connection))
+        const fiber = fork(ask(connection))
         fiber.addObserver((exit) => {
           if (Exit.isSuccess(exit)) answer(exit.value)
         })
