@@ -3,14 +3,16 @@ import { assert, describe, it } from "@effect/vitest"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
 import type { GuestConfigInput } from "@troupe/core/GuestConfig"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
+import { MachinePolicy } from "@troupe/core/MachinePolicy"
 import { FakeHypervisor, GuestAcpi, GuestProgram, Simulation } from "@troupe/core/testing"
 import { SerialDriver } from "@troupe/core/testing/drivers/SerialDriver"
 import type { VirtioDriver } from "@troupe/core/testing/drivers/VirtioDriver"
 import { startVirtioMmio, VirtioStatus } from "@troupe/core/testing/drivers/VirtioMmioDriver"
 import { findVirtioPci, startVirtioPci, type VirtioPciPlace } from "@troupe/core/testing/drivers/VirtioPciDriver"
-import type { GuestCpu, GuestRoutine } from "@troupe/core/testing/GuestCpu"
+import { type AccessSize, type GuestCpu, type GuestRoutine, messageInterrupt } from "@troupe/core/testing/GuestCpu"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
+import * as Logger from "effect/Logger"
 import * as fc from "fast-check"
 import { layer } from "../src/Catalog.ts"
 import { entropy, entropyPolicy } from "../src/Entropy.ts"
@@ -277,5 +279,67 @@ describe("Devices on PCI in a machine", () => {
       const { log } = Simulation.check(Effect.provide(runGuest(program, { virtioTransport }), layerHost(failing)))
       assert.deepStrictEqual(log, ["true", "8"])
     }
+  })
+
+  it("are as new in the next life of the guest", () => {
+    let lives = 0
+    const program = GuestProgram.make(function*(cpu) {
+      const driver = yield* startEntropy(cpu)
+      assert.deepStrictEqual([driver.configurationInterrupts, yield* driver.status(cpu)], [0, 15])
+      yield* driver.send(cpu, 0, [[{ address: DATA_ADDRESS, length: 8, writable: true }]])
+      assert.strictEqual((yield* driver.receive(cpu, 0)).written, 8)
+      if (++lives < 3) yield* GuestAcpi.reset(cpu)
+      yield* GuestAcpi.powerOff(cpu)
+    })
+    const again = Effect.updateService(runGuest(program), MachinePolicy, (policy) => ({
+      ...policy,
+      reset: "run-again" as const
+    }))
+    const { stop } = Simulation.check(Effect.provide(again, layerHost()))
+    assert.deepStrictEqual([stop, lives], [{ _tag: "PowerOff" }, 3])
+  })
+
+  it("survive a guest that writes anything to any of them, and a correct driver works after it", () => {
+    const write = fc.record({
+      window: fc.constantFrom("config", "pages", "calls"),
+      offset: fc.oneof(fc.nat(0xff), fc.nat(0x1fff)),
+      size: fc.constantFrom<AccessSize>(1, 2, 4),
+      value: fc.oneof(fc.constantFrom(0, 1, 3, 8, 11, 15, 0xff, 0x8000, 0xc000, 0xffff_ffff), fc.nat(0xffff_ffff)),
+      read: fc.boolean()
+    })
+    const program = (writes: ReadonlyArray<typeof write extends fc.Arbitrary<infer A> ? A : never>) =>
+      GuestProgram.make(function*(cpu) {
+        const serial = new SerialDriver()
+        yield* serial.setUp(cpu)
+        const [place] = yield* findFunctions(cpu)
+        if (place === undefined) throw new Error("there is no function")
+        yield* startVirtioPci(cpu, place, { memoryAddress: QUEUE_ADDRESS })
+        for (const { offset, read, size, value, window } of writes) {
+          const base = window === "config" ? place.config : window === "pages" ? place.common : place.isr
+          const at = base + offset % (window === "pages" ? 0x2000 : 0x1000)
+          yield* cpu.store(at, size, size === 4 ? value : value % 2 ** (8 * size))
+          if (read) yield* cpu.load(at, size)
+        }
+        const driver = yield* startEntropy(cpu)
+        // What was pending under a mask may have come meanwhile.
+        cpu.interrupts.acknowledge(messageInterrupt(0x41))
+        yield* driver.send(cpu, 0, [[{ address: DATA_ADDRESS, length: 8, writable: true }]])
+        yield* serial.print(cpu, `${(yield* driver.receive(cpu, 0)).written}\n`)
+        yield* GuestAcpi.powerOff(cpu)
+      })
+    fc.assert(
+      fc.property(
+        fc.array(write, { maxLength: 100, size: "max" }),
+        fc.integer(),
+        Simulation.property((writes) =>
+          Effect.gen(function*() {
+            const quiet = Effect.provide(runGuest(program(writes)), layerHost())
+            const { log, stop } = yield* Effect.provide(quiet, Logger.layer([]))
+            assert.deepStrictEqual([log, stop], [["8"], { _tag: "PowerOff" }])
+          })
+        )
+      ),
+      { numRuns: 60 }
+    )
   })
 })

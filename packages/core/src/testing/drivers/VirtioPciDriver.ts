@@ -36,6 +36,7 @@ const COMMON_CFG = 1
 const NOTIFY_CFG = 2
 const ISR_CFG = 3
 const DEVICE_CFG = 4
+const PCI_CFG = 5
 
 /** Offsets of the common configuration's registers (section 4.1.4.3). */
 export const VirtioPciCommon = {
@@ -144,6 +145,11 @@ function* probeVirtioPci(cpu: GuestCpu, config: number, type: number): GuestRout
     const id = yield* cpu.load(config + at, 1)
     if (id === CAP_VENDOR) {
       const kind = yield* cpu.load(config + at + Cap.kind, 1)
+      // The window for access through configuration space points where a driver has last pointed it.
+      if (kind === PCI_CFG) {
+        at = yield* cpu.load(config + at + 1, 1)
+        continue
+      }
       const bar = yield* cpu.load(config + at + Cap.bar, 1)
       const offset = yield* cpu.load(config + at + Cap.offset, 4)
       const length = yield* cpu.load(config + at + Cap.length, 4)
