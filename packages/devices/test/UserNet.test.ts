@@ -284,6 +284,24 @@ describe("UserNet", () => {
     assert.deepStrictEqual(test.sockets.udp.map(({ open }) => open), [false, false, true, true, true])
   })
 
+  it("gives each of many connections less room", () => {
+    const test = new NetworkUnderTest({ tcpMemory: 3 * 0x8_0000 })
+    const windows: Array<number> = []
+    for (let sourcePort = 1; sourcePort <= 40; sourcePort++) {
+      const base = { sourcePort, destinationPort: 80, destination: REMOTE }
+      test.send(tcp({ ...base, sequence: 1, flags: SYN, options: synOptions(1460, 7) }))
+      test.sockets.tcp.at(-1)!.connect()
+      const { sequence } = parseTcp(test.receive()!.bytes)
+      const payload = text("x")
+      test.send(tcp({ ...base, sequence: 2, acknowledgment: sequence + 1, flags: ACK, payload }))
+      windows.push(parseTcp(test.receive()!.bytes).window * 128)
+    }
+    assert.isAtLeast(windows[0]!, 0x8_0000 - 128)
+    assert.isAtMost(windows[9]!, 0x1_0000)
+    assert.isTrue(windows.every((window, index) => index === 0 || window <= windows[index - 1]!))
+    assert.strictEqual(windows.at(-1), 0x4000 - 128, "the least")
+  })
+
   it("asks a guest that has been silent for long whether it is there, and gives up", () => {
     const test = new NetworkUnderTest()
     const base = { sourcePort: 1, destinationPort: 80, destination: REMOTE }

@@ -24,7 +24,7 @@ import {
 
 /** Scripts that are played; a long run asks for more. */
 const RUNS = Number(process.env.USER_NET_RUNS ?? 80)
-const BUFFER = 0x2000
+const BUFFER = 0x4000
 const CONNECTIONS = 8
 const FLOWS = 6
 const WINDOW_MAX = BUFFER

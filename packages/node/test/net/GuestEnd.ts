@@ -76,7 +76,8 @@ export class GuestEnd {
         domain: "",
         tcpConnections: 100,
         udpFlows: 100,
-        tcpBuffer: 0x8_0000
+        tcpBuffer: 0x8_0000,
+        tcpMemory: 0x400_0000
       },
       Uint8Array.of(0x52, 0x55, 10, 0, 2, 2),
       {

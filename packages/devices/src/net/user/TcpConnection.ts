@@ -82,7 +82,7 @@ export class TcpPlan {
 
 /** Limits of one connection. */
 export interface TcpLimits {
-  /** Bytes of each direction that may wait. */
+  /** Bytes of each direction that may wait. May change; what was promised to the guest holds all the same. */
   readonly buffer: number
   /** The largest segment that fits the link. */
   readonly mss: number

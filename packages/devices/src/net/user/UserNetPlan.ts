@@ -9,6 +9,10 @@ import { TCP_BUFFER_DEFAULT } from "./TcpConnection.ts"
 
 /** The addresses of the network when the host does not choose: QEMU's, so that habits fit. */
 export const USER_NET_SUBNET = "10.0.2.0/24"
+/** The bytes in which all TCP connections may have something wait when the host does not choose. */
+export const TCP_MEMORY_DEFAULT = 0x400_0000
+/** The least bytes that each direction of a connection gets, however many there are. */
+export const TCP_BUFFER_MIN = 0x4000
 /** The least MTU: what every IPv4 host takes (RFC 791). */
 export const USER_NET_MTU_MIN = 576
 
@@ -38,6 +42,11 @@ export interface UserNetOptions {
   readonly udpFlows?: number
   /** The most bytes that wait in each direction of a TCP connection. Default: 512 KiB. */
   readonly tcpBuffer?: number
+  /**
+   * The bytes that all TCP connections together are given to wait in: the more there are, the less each gets, down to
+   * {@link TCP_BUFFER_MIN}. Default: 64 MiB.
+   */
+  readonly tcpMemory?: number
 }
 
 /** A network. Addresses are 32-bit numbers. */
@@ -53,6 +62,7 @@ export interface UserNetPlan {
   readonly tcpConnections: number
   readonly udpFlows: number
   readonly tcpBuffer: number
+  readonly tcpMemory: number
 }
 
 const isCount = (value: number, from: number, to: number): boolean =>
@@ -72,9 +82,11 @@ export const planUserNet = (options: UserNetOptions): Result.Result<UserNetPlan,
   const tcpConnections = options.tcpConnections ?? 1024
   const udpFlows = options.udpFlows ?? 512
   const tcpBuffer = options.tcpBuffer ?? TCP_BUFFER_DEFAULT
+  const tcpMemory = options.tcpMemory ?? TCP_MEMORY_DEFAULT
   if (!isCount(tcpConnections, 1, 65_536)) return Result.fail("tcpConnections is not from 1 to 65536")
   if (!isCount(udpFlows, 1, 65_536)) return Result.fail("udpFlows is not from 1 to 65536")
   if (!isCount(tcpBuffer, 0x1000, 0x100_0000)) return Result.fail("tcpBuffer is not from 4 KiB to 16 MiB")
+  if (!isCount(tcpMemory, 0, Number.MAX_SAFE_INTEGER)) return Result.fail("tcpMemory is not a number of bytes")
   for (const forward of options.forwards ?? []) {
     if (!isCount(forward.guestPort, 1, 65_535)) {
       return Result.fail(`there is no port ${forward.guestPort} to forward to`)
@@ -93,6 +105,7 @@ export const planUserNet = (options: UserNetOptions): Result.Result<UserNetPlan,
     domain: options.domain ?? "",
     tcpConnections,
     udpFlows,
-    tcpBuffer
+    tcpBuffer,
+    tcpMemory
   })
 }

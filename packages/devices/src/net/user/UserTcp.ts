@@ -9,10 +9,11 @@ import { UNREACHABLE_HOST } from "./Icmp.ts"
 import { encodeIpv4, formatIpv4, IPV4_HEADER, isInBlock, parseIpv4, PROTOCOL_TCP } from "./Ipv4.ts"
 import type { NetDecision } from "./NetPolicy.ts"
 import { putU16, putU32 } from "./Octets.ts"
-import { TcpConnection, type TcpPeer, TcpPlan, TcpState } from "./TcpConnection.ts"
+import { TcpConnection, type TcpLimits, type TcpPeer, TcpPlan, TcpState } from "./TcpConnection.ts"
 import { sequenceAdd, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, type TcpHeader } from "./TcpHeader.ts"
 import { type Ends, TCP_HEADERS, TCP_HEADERS_MAX, type UserLink } from "./UserLink.ts"
 import type { UserNetHost } from "./UserNetHost.ts"
+import { TCP_BUFFER_MIN } from "./UserNetPlan.ts"
 
 /** How long the host's end of a connection that is over for the guest may take to pass on what it has, in milliseconds. */
 export const TCP_LINGER = 60_000
@@ -99,11 +100,20 @@ export class UserTcp {
   #smallRoom = false
   #closed = false
 
+  readonly #limits: TcpLimits
+
   constructor(link: UserLink, host: UserNetHost, names: DnsNames, notify: () => void) {
     this.#link = link
     this.host = host
     this.#names = names
     this.#notify = notify
+    const share = () => this.#share
+    this.#limits = {
+      get buffer() {
+        return share()
+      },
+      mss: link.plan.mtu - IPV4_HEADER - TCP_HEADER
+    }
   }
 
   /** Connections that are there, in whatever state. */
@@ -269,8 +279,10 @@ export class UserTcp {
     this.#notify()
   }
 
-  get #limits(): { readonly buffer: number; readonly mss: number } {
-    return { buffer: this.#link.plan.tcpBuffer, mss: this.#link.plan.mtu - IPV4_HEADER - TCP_HEADER }
+  /** The share of a connection's direction in the memory of all, one third of which is for what comes before its turn. */
+  get #share(): number {
+    const { tcpBuffer, tcpMemory } = this.#link.plan
+    return Math.min(tcpBuffer, Math.max(TCP_BUFFER_MIN, Math.floor(tcpMemory / (3 * Math.max(1, this.#all.size)))))
   }
 
   #begin(header: TcpHeader, ends: Ends, now: number): void {
