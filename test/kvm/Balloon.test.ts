@@ -15,74 +15,78 @@ const PAGES = 32 * MEBIBYTE / 4096
 const residentMebibytes = (): number =>
   Number(/^RssAnon:\s+(\d+) kB$/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1]) / 1024
 
-describe.skipIf(kvmObstacle !== undefined)(onKvm("the balloon"), () => {
-  it.layer(KvmGuestLifecycle.layer, { excludeTestServices: true })("of the small guest", (it) => {
-    it.effect(
-      "gives memory back for real, by inflation and by reports, and says how much the guest has",
-      () =>
-        Effect.gen(function*() {
-          const lifecycle = yield* GuestLifecycle
-          yield* lifecycle.create({
-            kernelType: "LINUX",
-            kernel: fromPath(ELF),
-            cmdline: "quiet balloon=32",
-            cpus: 1,
-            guestMemory: "64M",
-            virtioBalloon: true
-          })
-          const guest = yield* lifecycle.bind
-          const serial = yield* guest.getSerial
-          const balloon = yield* guest.getBalloonController
-          const resident: Array<readonly [string, number]> = []
-          let free = 0
-          /** Returns when the guest has printed the line, and notes what this process has then. */
-          const printed = (line: string) =>
-            Stream.runHead(Stream.filter(serial.output, () => serial.log().some((text) => text.includes(line)))).pipe(
-              Effect.andThen(Effect.sync(() => resident.push([line, residentMebibytes()])))
+describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
+  onKvm("the balloon over virtio-%s"),
+  (virtioTransport) => {
+    it.layer(KvmGuestLifecycle.layer, { excludeTestServices: true })("of the small guest", (it) => {
+      it.effect(
+        "gives memory back for real, by inflation and by reports, and says how much the guest has",
+        () =>
+          Effect.gen(function*() {
+            const lifecycle = yield* GuestLifecycle
+            yield* lifecycle.create({
+              kernelType: "LINUX",
+              kernel: fromPath(ELF),
+              cmdline: "quiet balloon=32",
+              cpus: 1,
+              virtioTransport,
+              guestMemory: "64M",
+              virtioBalloon: true
+            })
+            const guest = yield* lifecycle.bind
+            const serial = yield* guest.getSerial
+            const balloon = yield* guest.getBalloonController
+            const resident: Array<readonly [string, number]> = []
+            let free = 0
+            /** Returns when the guest has printed the line, and notes what this process has then. */
+            const printed = (line: string) =>
+              Stream.runHead(Stream.filter(serial.output, () => serial.log().some((text) => text.includes(line)))).pipe(
+                Effect.andThen(Effect.sync(() => resident.push([line, residentMebibytes()])))
+              )
+            const host = Effect.gen(function*() {
+              yield* printed("balloon before")
+              yield* balloon.requestNumPages(PAGES)
+              yield* balloon.changes.pipe(Stream.filter((size) => size.currentNumPages === PAGES), Stream.runHead)
+              yield* printed("balloon inflated")
+              const { ageMillis, stats } = yield* balloon.getMemStats
+              assert.isAtMost(ageMillis, 1000)
+              free = stats.find(({ tag }) => tag === 4)?.val ?? -1
+              yield* balloon.requestNumPages(0)
+              yield* printed("balloon deflated")
+              yield* printed("balloon answers")
+              yield* balloon.requestNumPages(1)
+              yield* printed("balloon reported")
+              yield* balloon.requestNumPages(0)
+            })
+            const [stop] = yield* Effect.all([lifecycle.run, host], { concurrency: "unbounded" })
+            assert.deepStrictEqual(stop, { _tag: "PowerOff" })
+            assert.deepStrictEqual(
+              serial.log().map((line) => line.replace("troupe-guest: balloon ", "")).slice(2, -1),
+              [
+                `before ${PAGES} pages zero ${PAGES} own 0`,
+                `inflated ${PAGES} pages`,
+                `deflated ${PAGES} pages zero ${PAGES} own 0`,
+                "answers 1",
+                `reported ${PAGES} pages`,
+                `after ${PAGES} pages zero ${PAGES} own 0`,
+                "ok"
+              ]
             )
-          const host = Effect.gen(function*() {
-            yield* printed("balloon before")
-            yield* balloon.requestNumPages(PAGES)
-            yield* balloon.changes.pipe(Stream.filter((size) => size.currentNumPages === PAGES), Stream.runHead)
-            yield* printed("balloon inflated")
-            const { ageMillis, stats } = yield* balloon.getMemStats
-            assert.isAtMost(ageMillis, 1000)
-            free = stats.find(({ tag }) => tag === 4)?.val ?? -1
-            yield* balloon.requestNumPages(0)
-            yield* printed("balloon deflated")
-            yield* printed("balloon answers")
-            yield* balloon.requestNumPages(1)
-            yield* printed("balloon reported")
-            yield* balloon.requestNumPages(0)
-          })
-          const [stop] = yield* Effect.all([lifecycle.run, host], { concurrency: "unbounded" })
-          assert.deepStrictEqual(stop, { _tag: "PowerOff" })
-          assert.deepStrictEqual(
-            serial.log().map((line) => line.replace("troupe-guest: balloon ", "")).slice(2, -1),
-            [
-              `before ${PAGES} pages zero ${PAGES} own 0`,
-              `inflated ${PAGES} pages`,
-              `deflated ${PAGES} pages zero ${PAGES} own 0`,
-              "answers 1",
-              `reported ${PAGES} pages`,
-              `after ${PAGES} pages zero ${PAGES} own 0`,
-              "ok"
-            ]
-          )
-          assert.strictEqual(free, 0)
-          // Everything else of this process changes by a few MiB meanwhile.
-          const at = Object.fromEntries(resident)
-          const drop = (from: string, to: string) => (at[from] ?? 0) - (at[to] ?? 0)
-          assert.isAbove(drop("balloon before", "balloon inflated"), 24)
-          assert.isAbove(drop("balloon deflated", "balloon inflated"), 24)
-          assert.isAbove(drop("balloon deflated", "balloon reported"), 24)
-          const { badRequests, discardedBytes, discards, inflatedPages, reportedPages } = balloon.counters()
-          assert.deepStrictEqual([badRequests, inflatedPages, reportedPages], [0, PAGES, PAGES])
-          assert.strictEqual(discardedBytes, 2 * PAGES * 4096)
-          // A request has 256 pages in a row, upwards or downwards: one call to the host for each, and one for each report.
-          assert.isAtMost(discards, PAGES / 256 + 16)
-        }),
-      30_000
-    )
-  })
-})
+            assert.strictEqual(free, 0)
+            // Everything else of this process changes by a few MiB meanwhile.
+            const at = Object.fromEntries(resident)
+            const drop = (from: string, to: string) => (at[from] ?? 0) - (at[to] ?? 0)
+            assert.isAbove(drop("balloon before", "balloon inflated"), 24)
+            assert.isAbove(drop("balloon deflated", "balloon inflated"), 24)
+            assert.isAbove(drop("balloon deflated", "balloon reported"), 24)
+            const { badRequests, discardedBytes, discards, inflatedPages, reportedPages } = balloon.counters()
+            assert.deepStrictEqual([badRequests, inflatedPages, reportedPages], [0, PAGES, PAGES])
+            assert.strictEqual(discardedBytes, 2 * PAGES * 4096)
+            // A request has 256 pages in a row, upwards or downwards: one call to the host for each, and one for each report.
+            assert.isAtMost(discards, PAGES / 256 + 16)
+          }),
+        30_000
+      )
+    })
+  }
+)
