@@ -1,5 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { decodeGuestConfig } from "@troupe/core/GuestConfig"
+import { allowPublic } from "@troupe/devices/net/user/NetPolicy"
 import * as Result from "effect/Result"
 import { type NetChoice, parseNet } from "../src/cli/NetOption.ts"
 
@@ -12,7 +13,17 @@ describe("--net", () => {
   it("is a user-mode network or a TAP interface with options", () => {
     assert.deepStrictEqual(chosen("user,mac=02:00:00:00:00:01"), {
       spec: { macAddress: "02:00:00:00:00:01", enableBridge: false },
-      backend: { kind: "user" }
+      backend: { kind: "user", options: {} }
+    })
+    assert.deepStrictEqual(chosen("user,allow=public,forward=8080:80,forward=udp:0.0.0.0:0:53").backend, {
+      kind: "user",
+      options: {
+        policy: allowPublic,
+        forwards: [
+          { protocol: "tcp", host: { address: "127.0.0.1", port: 8080 }, guestPort: 80 },
+          { protocol: "udp", host: { address: "0.0.0.0", port: 0 }, guestPort: 53 }
+        ]
+      }
     })
     assert.deepStrictEqual(chosen("tap=tap3,bridge=br0,mtu=9000,mac=02:00:00:00:00:02"), {
       spec: { macAddress: "02:00:00:00:00:02", enableBridge: true },
@@ -34,7 +45,13 @@ describe("--net", () => {
     assert.deepStrictEqual(chosen("tap", 2), choices[2])
   })
 
-  it.each(["", "tup", "user=eth0", "user,mtu=9000", "tap,mtu=big", "tap,up", "mac=02:00:00:00:00:01"])(
+  const wrong = [
+    ...["", "tup", "user=eth0", "user,mtu=9000", "tap,mtu=big", "tap,up", "mac=02:00:00:00:00:01", "user,allow=all"],
+    ...["80", "80:0", "70000:80", "tcp:localhost:80:80", "1.2.3.4:5.6.7.8:80:80", ":80:80", "sctp:80:80", "80:"].map(
+      (forward) => `user,forward=${forward}`
+    )
+  ]
+  it.each(wrong)(
     "says what is wrong with %j",
     (argument) => {
       const problem = parseNet(argument, 0)

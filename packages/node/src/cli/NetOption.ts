@@ -10,14 +10,17 @@ import { hostname } from "node:os"
 import type { FfiUnavailable } from "../FfiError.ts"
 import * as Tap from "../net/Tap.ts"
 import * as UserNetwork from "../net/UserNetwork.ts"
+import { parseUserNet, userNetSyntax } from "./UserNetOption.ts"
 
 /** How the argument is written, for help texts. */
-export const netSyntax = "user|tap[=NAME][,bridge=NAME][,mtu=MTU][,mac=ADDRESS]"
+export const netSyntax = `user[,mac=ADDRESS]${userNetSyntax}|tap[=NAME][,bridge=NAME][,mtu=MTU][,mac=ADDRESS]`
 
 /** One interface of the guest. */
 export interface NetChoice {
   readonly spec: NonNullable<GuestConfigInput["netDevices"]>[number]
-  readonly backend: { readonly kind: "user" } | { readonly kind: "tap"; readonly options: Tap.TapOptions }
+  readonly backend:
+    | { readonly kind: "user"; readonly options: UserNetwork.UserNetworkOptions }
+    | { readonly kind: "tap"; readonly options: Tap.TapOptions }
 }
 
 /** An address of one's own choosing (IEEE 802c) that is the same each time on this host. */
@@ -27,25 +30,32 @@ const addressOf = (index: number, argument: string): string => {
   return formatMacAddress(digest)
 }
 
+const TAP_OPTIONS = ["mac", "bridge", "mtu"]
+
 /** The interface that the argument describes, the `index`-th of the guest; text says what is wrong with it. */
 export const parseNet = (argument: string, index: number): NetChoice | string => {
   const [kind = "", ...pieces] = argument.split(",")
   const [network = "", name] = kind.split("=", 2)
-  const options = new Map(pieces.map((piece): [string, string] => {
+  const pairs = pieces.map((piece): [string, string] => {
     const at = piece.indexOf("=")
     return at < 0 ? [piece, ""] : [piece.slice(0, at), piece.slice(at + 1)]
-  }))
-  const known = network === "tap" ? ["mac", "bridge", "mtu"] : ["mac"]
-  const unknown = [...options.keys()].find((option) => !known.includes(option))
+  })
+  const options = new Map(pairs)
   if ((network !== "user" && network !== "tap") || (network === "user" && name !== undefined)) {
     return `--net ${argument}: must be ${netSyntax}`
   }
+  if (network === "user") {
+    const user = parseUserNet(pairs.filter(([name]) => name !== "mac"))
+    if (typeof user === "string") return `--net ${argument}: ${user}`
+    const spec = { macAddress: options.get("mac") ?? addressOf(index, kind), enableBridge: false }
+    return { spec, backend: { kind: "user", options: user } }
+  }
+  const unknown = [...options.keys()].find((option) => !TAP_OPTIONS.includes(option))
   if (unknown !== undefined) return `--net ${argument}: ${network} has no option ${unknown}`
   const bridge = options.get("bridge")
   const mtu = options.get("mtu")
   if (mtu !== undefined && !/^\d{1,5}$/.test(mtu)) return `--net ${argument}: mtu must be a number`
   const spec = { macAddress: options.get("mac") ?? addressOf(index, kind), enableBridge: bridge !== undefined }
-  if (network === "user") return { spec, backend: { kind: "user" } }
   return {
     spec,
     backend: {
@@ -68,12 +78,14 @@ export const layerNets = (choices: ReadonlyArray<NetChoice>): Layer.Layer<NetBac
       for (const { backend } of choices) {
         const layer: Layer.Layer<NetBackend, FfiUnavailable> = backend.kind === "tap"
           ? Tap.layer(backend.options)
-          : UserNetwork.layer()
+          : UserNetwork.layer(backend.options)
         backends.push(Context.get(yield* Layer.build(layer), NetBackend))
       }
       return {
         open: (request) =>
-          backends[request.index]?.open(request) ?? Effect.die(new Error(`${request.name} was not chosen`))
+          // Each of these networks has one interface: its first.
+          backends[request.index]?.open({ ...request, index: 0 }) ??
+            Effect.die(new Error(`${request.name} was not chosen`))
       }
     })
   )
