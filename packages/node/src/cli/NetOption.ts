@@ -30,7 +30,7 @@ const addressOf = (index: number, argument: string): string => {
   return formatMacAddress(digest)
 }
 
-const TAP_OPTIONS = ["mac", "bridge", "mtu"]
+const TAP_OPTIONS: ReadonlySet<string> = new Set(["mac", "bridge", "mtu"])
 
 /** The interface that the argument describes, the `index`-th of the guest; text says what is wrong with it. */
 export const parseNet = (argument: string, index: number): NetChoice | string => {
@@ -50,7 +50,7 @@ export const parseNet = (argument: string, index: number): NetChoice | string =>
     const spec = { macAddress: options.get("mac") ?? addressOf(index, kind), enableBridge: false }
     return { spec, backend: { kind: "user", options: user } }
   }
-  const unknown = [...options.keys()].find((option) => !TAP_OPTIONS.includes(option))
+  const unknown = [...options.keys()].find((option) => !TAP_OPTIONS.has(option))
   if (unknown !== undefined) return `--net ${argument}: ${network} has no option ${unknown}`
   const bridge = options.get("bridge")
   const mtu = options.get("mtu")
