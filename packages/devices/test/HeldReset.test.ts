@@ -112,7 +112,7 @@ describe.each(["mmio", "pci"] as const)("A reset of a busy device on %s", (trans
     "is over when the write is, while another vCPU goes on: the work %s",
     (ending) => {
       let waited = 0
-      let requests = 0
+      const work = { requests: 0 }
       const program = GuestProgram.make(function*(cpu) {
         const driver = yield* startDevice(cpu, BUSY_TYPE, QUEUE_ADDRESS)
         const rng = yield* startDevice(cpu, RNG_TYPE, QUEUE_ADDRESS + 0x1_0000)
@@ -120,18 +120,18 @@ describe.each(["mmio", "pci"] as const)("A reset of a busy device on %s", (trans
           while ((yield* second.load(DONE, 4)) === 0) {
             yield* rng.send(second, 0, [[{ address: DATA_ADDRESS, length: 8, writable: true }]])
             while (rng.queue(0).poll() === undefined) yield* second.sleep(1)
-            requests++
+            work.requests++
           }
           yield* second.store(DONE, 4, 2)
         })
-        while (requests === 0) yield* cpu.sleep(1)
-        const before = requests
+        while (work.requests === 0) yield* cpu.sleep(1)
+        const before = work.requests
         const begun = cpu.now()
         yield* driver.writeStatus(cpu, 0)
         // It does not look again, and need not.
         assert.strictEqual(yield* driver.status(cpu), 0)
         waited = cpu.now() - begun
-        assert.isAbove(requests, before)
+        assert.isAbove(work.requests, before)
         yield* startDevice(cpu, BUSY_TYPE, QUEUE_ADDRESS)
         yield* cpu.store(DONE, 4, 1)
         while ((yield* cpu.load(DONE, 4)) !== 2) yield* cpu.sleep(1)
@@ -139,7 +139,7 @@ describe.each(["mmio", "pci"] as const)("A reset of a busy device on %s", (trans
       })
       const test = Effect.gen(function*() {
         waited = 0
-        requests = 0
+        work.requests = 0
         const lifecycle = yield* create(program, transport)
         assert.deepStrictEqual(yield* lifecycle.run, { _tag: "PowerOff" })
         assert.isAtLeast(waited, BUSY_MS)
@@ -150,18 +150,18 @@ describe.each(["mmio", "pci"] as const)("A reset of a busy device on %s", (trans
   )
 
   it("leaves nothing behind when the machine is stopped meanwhile", () => {
-    let waits = false
+    const guest = { waits: false }
     const program = GuestProgram.make(function*(cpu) {
       const driver = yield* startDevice(cpu, BUSY_TYPE, QUEUE_ADDRESS)
-      waits = true
+      guest.waits = true
       yield* driver.writeStatus(cpu, 0)
       throw new Error("the device never becomes idle")
     })
     const test = Effect.gen(function*() {
-      waits = false
+      guest.waits = false
       const lifecycle = yield* create(program, transport)
       const run = yield* Effect.forkChild(Effect.exit(lifecycle.run))
-      while (!waits) yield* Effect.sleep(1)
+      while (!guest.waits) yield* Effect.sleep(1)
       yield* Effect.sleep(BUSY_MS)
       yield* lifecycle.stop
       yield* Fiber.join(run)
