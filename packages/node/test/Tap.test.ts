@@ -17,9 +17,9 @@ const tapObstacle = (): string | undefined => {
 }
 const noTap = tapObstacle()
 
-describe("Tap", { timeout: 120_000 }, () => {
+describe(noTap === undefined ? "Tap" : `Tap (skipped: ${noTap})`, { timeout: 120_000 }, () => {
   it.skipIf(noTap !== undefined)(
-    `does with the kernel what it says${noTap === undefined ? "" : ` (skipped: ${noTap})`}`,
+    "does with the kernel what it says",
     async () => {
       const script = fileURLToPath(new URL("net/tap-main.ts", import.meta.url))
       const { held, output } = await new Promise<{ held: number; output: string }>((resolve) => {

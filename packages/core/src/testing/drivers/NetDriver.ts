@@ -113,6 +113,7 @@ export class NetDriver {
   /** The buffers of each chain that the device has for receiving, and for sending. */
   readonly #given = new Map<number, ReadonlyArray<DriverBuffer>>()
   readonly #sent = new Map<number, ReadonlyArray<DriverBuffer>>()
+  #lastIsFull = false
 
   constructor(cpu: GuestCpu, virtio: VirtioMmioDriver, dataAddress: number, dataSize: number) {
     this.#cpu = cpu
@@ -226,6 +227,7 @@ export class NetDriver {
       throw new Error(`a received frame in ${buffers} buffers`)
     }
     while (parts.length < buffers) {
+      if (!this.#lastIsFull) throw new Error("a buffer that is not the last one of its frame is not full")
       const next = queue.poll()
       if (next === undefined) throw new Error(`${buffers} buffers, of which only ${parts.length} were given back`)
       parts.push(this.#take(next.head, next.written))
@@ -285,6 +287,7 @@ export class NetDriver {
     const buffers = this.#given.get(head)
     if (buffers === undefined) throw new Error(`the device used chain ${head}, which it does not have`)
     this.#given.delete(head)
+    this.#lastIsFull = written === buffers.reduce((sum, { length }) => sum + length, 0)
     const bytes = new Uint8Array(written)
     let done = 0
     for (const { address, length } of buffers) {
