@@ -39,6 +39,11 @@ export class BenchError extends Error {
   override readonly name = "BenchError"
 }
 
+/** What a measurement is compared with is not here. */
+export class BenchSkipped extends Error {
+  override readonly name = "BenchSkipped"
+}
+
 /** The least digits that say what there is to say. */
 export const format = (value: number): string => {
   if (!Number.isFinite(value)) return String(value)

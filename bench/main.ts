@@ -2,7 +2,16 @@
 import { existsSync } from "node:fs"
 import { availableParallelism, cpus, loadavg, release } from "node:os"
 import { parseArgs } from "node:util"
-import { BenchError, type Effort, mergeResults, readResults, RESULTS_FILE, type Row, table } from "./Row.ts"
+import {
+  BenchError,
+  BenchSkipped,
+  type Effort,
+  mergeResults,
+  readResults,
+  RESULTS_FILE,
+  type Row,
+  table
+} from "./Row.ts"
 
 interface Bench {
   readonly name: string
@@ -59,6 +68,13 @@ const BENCHES: ReadonlyArray<Bench> = [
     needs: "kvm",
     quick: true,
     run: async (effort) => one((await import("./rows/MemoryPerMachine.ts")).memoryPerMachine(effort))
+  },
+  {
+    name: "chains",
+    about: "descriptor chains a second through a queue and a device's loop, beside the crate virtio-queue",
+    needs: undefined,
+    quick: true,
+    run: async (effort) => (await import("./rows/Chains.ts")).chains(effort)
   },
   {
     name: "boot-exits",
@@ -140,6 +156,8 @@ const ORDER = BENCHES.flatMap(({ name }) =>
     ? [name, `${name}-cold`]
     : name === "boot-exits"
     ? [name, `${name}-to-process`]
+    : name === "chains"
+    ? [name, `${name}-packed`, `${name}-device`]
     : [name]
 )
 
@@ -215,6 +233,10 @@ const main = async (): Promise<number> => {
       if (!values.quick) await mergeResults(measured, ORDER)
       say(`${bench.name}: measured in ${((performance.now() - begun) / 1000).toFixed(0)} s`)
     } catch (cause) {
+      if (cause instanceof BenchSkipped) {
+        say(`${bench.name}: skipped, ${cause.message}`)
+        continue
+      }
       failures++
       say(`${bench.name}: failed: ${cause instanceof Error ? cause.message : String(cause)}`)
     }
