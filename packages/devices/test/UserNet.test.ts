@@ -1,5 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Offload } from "@troupe/core/NetBackend"
+import { NetFrame } from "@troupe/core/NetFrame"
 import { allow, drop, type NetDecision, redirect, reset } from "../src/net/user/NetPolicy.ts"
 import { concat, FakeTcp } from "./net/FakeSockets.ts"
 import { GATEWAY, GUEST, GUEST_MAC, NAMESERVER, NetworkUnderTest } from "./net/NetworkUnderTest.ts"
@@ -37,6 +38,13 @@ const arpRequest = (target: number): Uint8Array => {
   view.setUint32(14, GUEST)
   view.setUint32(24, target)
   return ethernet(0x0806, bytes, [255, 255, 255, 255, 255, 255])
+}
+
+/** Offers a buffer that is too small. */
+const refused = (test: NetworkUnderTest): void => {
+  const frame = new NetFrame()
+  frame.add(new Uint8Array(10), 0, 10)
+  assert.isBelow(test.net.receive(frame), 0)
 }
 
 describe("UserNet", () => {
@@ -282,6 +290,25 @@ describe("UserNet", () => {
     assert.deepStrictEqual(test.net.usage, { tcp: 3, udp: 3, tcpBytes: 0, lost: 0 })
     assert.strictEqual(test.receiveAll().filter(({ bytes }) => parseTcp(bytes).flags === (RST | ACK)).length, 2)
     assert.deepStrictEqual(test.sockets.udp.map(({ open }) => open), [false, false, true, true, true])
+  })
+
+  it("lets datagrams and connections take turns", () => {
+    const test = new NetworkUnderTest()
+    const base = { sourcePort: 1, destinationPort: 80, destination: REMOTE }
+    test.send(tcp({ ...base, sequence: 1, flags: SYN, options: synOptions(1460, 7) }))
+    test.sockets.tcp[0]!.connect()
+    const { sequence } = parseTcp(test.receive()!.bytes)
+    test.send(tcp({ ...base, sequence: 2, acknowledgment: sequence + 1, flags: ACK }))
+    test.send(udp(1, 2, text("x"), { destination: REMOTE }))
+    for (let i = 0; i < 20; i++) test.sockets.udp[0]!.say(new Uint8Array(1000))
+    test.sockets.tcp[0]!.say(new Uint8Array(20_000))
+    const protocols: Array<number> = []
+    for (let i = 0; i < 20; i++) {
+      // One that does not fit stays the next one.
+      assert.isUndefined(i === 6 ? refused(test) : undefined)
+      protocols.push(parseIp(test.receive()!.bytes).protocol)
+    }
+    assert.deepStrictEqual(protocols, Array.from({ length: 20 }, (_, i) => i % 2 === 0 ? 17 : 6))
   })
 
   it("gives each of many connections less room", () => {

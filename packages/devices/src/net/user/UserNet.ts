@@ -70,6 +70,9 @@ export class UserNet implements NetPort {
   /** Whether a frame of the guest is being looked at: then nobody is told anything yet. */
   #inside = false
   #closed = false
+  #tcpTurn = false
+  /** Where the last frame came from. */
+  #fromTcp = false
 
   constructor(plan: UserNetPlan, guestMac: MacAddress, host: UserNetHost) {
     this.mtu = plan.mtu
@@ -112,16 +115,15 @@ export class UserNet implements NetPort {
   readonly flush = (): void => this.#notify()
 
   readonly receive = (frame: NetFrame): number => {
-    if (!this.#link.outbox.isEmpty) return this.#link.outbox.take(frame)
     this.#inside = true
-    const length = this.#tcp.take(frame)
+    const length = this.#takeNext(frame)
     this.#inside = false
     if (length === 0) this.#armed = true
     return length
   }
 
   readonly discard = (): void => {
-    if (this.#link.outbox.isEmpty) this.#tcp.discard()
+    if (this.#fromTcp) this.#tcp.discard()
     else this.#link.outbox.drop()
   }
 
@@ -150,6 +152,23 @@ export class UserNet implements NetPort {
     this.#tcp.close()
     this.#udp.close()
     this.#link.outbox.clear()
+  }
+
+  /** Connections and whole frames take turns, so that neither can hold the other up. What did not fit keeps its turn. */
+  #takeNext(frame: NetFrame): number {
+    const { outbox } = this.#link
+    if (this.#tcpTurn || outbox.isEmpty) {
+      const length = this.#tcp.take(frame)
+      if (length !== 0) {
+        this.#fromTcp = true
+        this.#tcpTurn = length < 0
+        return length
+      }
+    }
+    this.#fromTcp = false
+    const length = outbox.take(frame)
+    this.#tcpTurn = length > 0
+    return length
   }
 
   readonly #notify = (): void => {
