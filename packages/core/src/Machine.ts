@@ -99,6 +99,15 @@ const makeDevices = Effect.fnUntraced(function*(config: GuestConfig) {
       )
     }
   }
+  if (config.virtioTransport === "pci" && !catalog.factories.some((factory) => factory.provides === "pci")) {
+    return yield* fail(
+      new FailedServiceConnect({
+        operation: "create",
+        detail: "the configuration puts virtio devices on PCI, and the device catalog has no host bridge",
+        hint: "Provide layerPci of @troupe/devices beside the devices"
+      })
+    )
+  }
   const devices: Array<Device> = []
   for (const factory of catalog.factories) {
     devices.push(

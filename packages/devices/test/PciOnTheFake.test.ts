@@ -15,7 +15,7 @@ import * as Layer from "effect/Layer"
 import * as Logger from "effect/Logger"
 import * as fc from "fast-check"
 import { layer } from "../src/Catalog.ts"
-import { entropy, entropyPolicy } from "../src/Entropy.ts"
+import { entropy, entropyPolicy, layerEntropy } from "../src/Entropy.ts"
 import { EntropySource } from "../src/EntropySource.ts"
 import { virtioOn } from "../src/virtio/VirtioTransport.ts"
 
@@ -218,6 +218,17 @@ describe("Devices on PCI in a machine", () => {
     assert.strictEqual(error.reason._tag, "DEVICE_INITIALIZATION_FAILURE")
     assert.include(error.message, "more254")
     assert.include(error.message, "no function of the PCI bus is free")
+  })
+
+  it("are refused by a catalog that has no host bridge", () => {
+    const program = GuestProgram.make(function*(cpu) {
+      yield* cpu.halt()
+    })
+    const catalog = layerEntropy.pipe(Layer.provide(DeviceCatalog.layerEmpty), Layer.provide(counting()))
+    const host = GuestLifecycle.layer.pipe(Layer.provideMerge(Layer.merge(FakeHypervisor.layer(), catalog)))
+    const error = Simulation.check(Effect.provide(Effect.flip(runGuest(program)), host))
+    assert.strictEqual(error.reason._tag, "FAILED_SERVICE_CONNECT")
+    assert.include(error.message, "layerPci")
   })
 
   it("leave what is not there to nobody: it reads as all ones, and writes are ignored", () => {
