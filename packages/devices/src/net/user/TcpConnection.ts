@@ -5,6 +5,7 @@
  * bounded by windows and not by a queue of frames. Time comes in as a number of milliseconds.
  */
 import { ByteQueue } from "./ByteQueue.ts"
+import { Congestion } from "./Congestion.ts"
 import { RetransmitTimer } from "./RetransmitTimer.ts"
 import { SegmentHold } from "./SegmentHold.ts"
 import {
@@ -18,75 +19,19 @@ import {
   TCP_SYN,
   type TcpHeader
 } from "./TcpHeader.ts"
-
-/** Bytes of each direction of a connection that may wait. */
-export const TCP_BUFFER_DEFAULT = 0x8_0000
-/** The window scale that is offered. */
-export const TCP_WINDOW_SCALE = 7
-/** The least segment size that is used, whatever a peer says. */
-export const TCP_MSS_MIN = 64
-/** How long a connection that is over is remembered, in milliseconds. */
-export const TCP_TIME_WAIT = 10_000
-/** How long a connection is left in peace before the guest is asked whether it is still there, in milliseconds. */
-export const TCP_KEEPALIVE = 120_000
-/** How long the host may take to connect, in milliseconds. */
-export const TCP_OPENING_MAX = 130_000
-/** Repetitions without an answer after which a connection is given up. */
-export const TCP_RETRIES_MAX = 12
-/** Repetitions of a segment with SYN after which a connection is given up. */
-export const TCP_SYN_RETRIES_MAX = 5
-/** Duplicate acknowledgments that say that a segment was lost (RFC 5681). */
-const DUPLICATES_MAX = 3
-
-/** Where a connection is. Its end is told by what has been sent and received. */
-export const TcpState = {
-  /** The guest has asked; the host has not connected yet. Nothing was sent. */
-  OPENING: 0,
-  /** A segment with SYN and ACK is to be sent, or was. */
-  SYN_RECEIVED: 1,
-  /** A segment with SYN is to be sent, or was: the host asks. */
-  SYN_SENT: 2,
-  /** Connected, in one direction at least. */
-  OPEN: 3,
-  /** Over; late segments are still answered. */
-  TIME_WAIT: 4,
-  /** Over and to be forgotten. */
-  CLOSED: 5
-} as const
-
-/** The host's end of a connection. None of it calls back at once. */
-export interface TcpPeer {
-  /** Takes bytes, which do not change any more. */
-  readonly write: (bytes: Uint8Array) => void
-  /** No more bytes will be written. */
-  readonly end: () => void
-  /** The connection is over at once, in both directions. */
-  readonly reset: () => void
-  /** No more bytes are wanted for now; a few that are on their way may still come. */
-  readonly pause: () => void
-  readonly resume: () => void
-}
-
-/** What to send. One object is used again and again. */
-export class TcpPlan {
-  flags = 0
-  sequence = 0
-  acknowledgment = 0
-  window = 0
-  /** Where in the connection's queue the payload begins. */
-  offset = 0
-  length = 0
-  /** For a segment with SYN: the window scale to offer, or -1. */
-  windowScale = -1
-}
-
-/** Limits of one connection. */
-export interface TcpLimits {
-  /** Bytes of each direction that may wait. May change; what was promised to the guest holds all the same. */
-  readonly buffer: number
-  /** The largest segment that fits the link. */
-  readonly mss: number
-}
+import {
+  TCP_KEEPALIVE,
+  TCP_MSS_MIN,
+  TCP_OPENING_MAX,
+  TCP_RETRIES_MAX,
+  TCP_SYN_RETRIES_MAX,
+  TCP_TIME_WAIT,
+  TCP_WINDOW_SCALE,
+  type TcpLimits,
+  type TcpPeer,
+  type TcpPlan,
+  TcpState
+} from "./TcpState.ts"
 
 const NOTHING: TcpPeer = {
   write: () => {},
@@ -121,11 +66,7 @@ export class TcpConnection {
   #mss = TCP_DEFAULT_MSS
   #peerScale = 0
   #scale: number
-  #congestionWindow: number
-  #slowStartThreshold: number
-  #duplicates = 0
-  #recover = 0
-  #recovering = false
+  readonly #congestion: Congestion
   /** The segment at {@link #unacknowledged} is to be sent again, out of turn. */
   #repeat = false
   /** One byte more than the window allows is to be sent. */
@@ -157,8 +98,7 @@ export class TcpConnection {
     this.#unacknowledged = initial
     this.#next = initial
     this.#highest = initial
-    this.#congestionWindow = limits.buffer
-    this.#slowStartThreshold = limits.buffer
+    this.#congestion = new Congestion(limits.buffer)
     this.#scale = TCP_WINDOW_SCALE
     this.#heard = now
     if (syn === undefined) {
@@ -369,14 +309,10 @@ export class TcpConnection {
       this.#next = this.#initial
     } else if (this.#highest !== this.#unacknowledged || this.#sendable(0) > 0) {
       const flight = sequenceDistance(this.#highest, this.#unacknowledged)
-      if (this.#sendWindow > 0) {
-        this.#slowStartThreshold = Math.max(flight >>> 1, 2 * this.#mss)
-        this.#congestionWindow = this.#mss
-      }
+      if (this.#sendWindow > 0) this.#congestion.timeout(flight, this.#mss)
+      else this.#congestion.forget()
       this.#next = this.#unacknowledged
-      this.#recovering = false
       this.#repeat = false
-      this.#duplicates = 0
       this.#force = true
     } else {
       this.#keepalive = true
@@ -451,7 +387,11 @@ export class TcpConnection {
     if (progress > 0) {
       this.#advance(acknowledged, now)
     } else if (!carries && window === this.#sendWindow && this.#highest !== this.#unacknowledged && window > 0) {
-      this.#countDuplicate()
+      const flight = sequenceDistance(this.#highest, this.#unacknowledged)
+      if (this.#congestion.duplicate(flight, this.#highest, this.#mss)) {
+        this.#repeat = true
+        this.#timer.forgetSample()
+      }
     }
     const newer = sequenceDistance(header.sequence, this.#windowSequence)
     if (newer > 0 || (newer === 0 && sequenceDistance(acknowledged, this.#windowAcknowledgment) >= 0)) {
@@ -465,42 +405,16 @@ export class TcpConnection {
     this.#timer.acknowledged(acknowledged, now)
     this.#unacknowledged = acknowledged
     if (sequenceDistance(acknowledged, this.#next) > 0) this.#next = acknowledged
-    this.#duplicates = 0
     this.#force = false
-    this.#repeat = false
     const bytes = Math.min(Math.max(0, sequenceDistance(acknowledged, this.#dataStart)), this.#queue.length)
     this.#queue.drop(bytes)
     if (this.#finQueued && sequenceDistance(acknowledged, this.#dataStart) > bytes) this.#finAcknowledged = true
     this.#dataStart = sequenceAdd(this.#dataStart, bytes)
-    if (this.#recovering) {
-      if (sequenceDistance(acknowledged, this.#recover) >= 0) {
-        this.#recovering = false
-        this.#congestionWindow = this.#slowStartThreshold
-      } else {
-        this.#repeat = true
-      }
-    } else if (this.#congestionWindow < this.#limits.buffer) {
-      const gain = this.#congestionWindow < this.#slowStartThreshold
-        ? Math.min(bytes, 2 * this.#mss)
-        : Math.ceil((this.#mss * this.#mss) / this.#congestionWindow)
-      this.#congestionWindow = Math.min(this.#limits.buffer, this.#congestionWindow + gain)
-    }
+    this.#repeat = this.#congestion.advance(acknowledged, bytes, this.#mss, this.#limits.buffer)
     if (this.#paused && this.#queue.length <= this.#limits.buffer / 2) {
       this.#paused = false
       this.#peer.resume()
     }
-  }
-
-  /** Fast retransmit (RFC 5681, section 3.2). */
-  #countDuplicate(): void {
-    if (++this.#duplicates !== DUPLICATES_MAX || this.#recovering) return
-    const flight = sequenceDistance(this.#highest, this.#unacknowledged)
-    this.#slowStartThreshold = Math.max(flight >>> 1, 2 * this.#mss)
-    this.#congestionWindow = this.#slowStartThreshold
-    this.#recover = this.#highest
-    this.#recovering = true
-    this.#repeat = true
-    this.#timer.forgetSample()
   }
 
   #receivePayload(sequence: number, payload: Uint8Array, fin: boolean): void {
@@ -564,7 +478,7 @@ export class TcpConnection {
     if (left <= 0) return 0
     if (least === 0) return left
     const flight = sequenceDistance(this.#next, this.#unacknowledged)
-    const usable = Math.min(this.#sendWindow, this.#congestionWindow) - flight
+    const usable = Math.min(this.#sendWindow, this.#congestion.window) - flight
     if (usable <= 0) return 0
     // Silly windows (RFC 9293, section 3.8.6.2.1): a piece smaller than a segment waits while others are on their way.
     return usable < left && usable < this.#mss && flight > 0 ? 0 : Math.min(usable, left)

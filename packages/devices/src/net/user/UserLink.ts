@@ -18,8 +18,9 @@ import {
 } from "./Ipv4.ts"
 import { getU32, putU16 } from "./Octets.ts"
 import { Outbox } from "./Outbox.ts"
-import type { TcpConnection, TcpPlan } from "./TcpConnection.ts"
+import type { TcpConnection } from "./TcpConnection.ts"
 import { encodeSynOptions, encodeTcp, TCP_CHECKSUM_OFFSET, TCP_HEADER, TCP_SYN, TCP_SYN_OPTIONS } from "./TcpHeader.ts"
+import type { TcpPlan } from "./TcpState.ts"
 import { encodeUdp, UDP_CHECKSUM_OFFSET, UDP_HEADER } from "./Udp.ts"
 import type { UserNetPlan } from "./UserNetPlan.ts"
 

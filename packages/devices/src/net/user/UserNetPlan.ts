@@ -5,7 +5,7 @@ import { MTU_DEFAULT, MTU_MAX } from "@troupe/core/NetBackend"
 import * as Result from "effect/Result"
 import type { HostEndpoint } from "./HostSockets.ts"
 import { type Ipv4Block, ipv4Mask, parseIpv4Block } from "./Ipv4.ts"
-import { TCP_BUFFER_DEFAULT } from "./TcpConnection.ts"
+import { TCP_BUFFER_DEFAULT } from "./TcpState.ts"
 
 /** The addresses of the network when the host does not choose: QEMU's, so that habits fit. */
 export const USER_NET_SUBNET = "10.0.2.0/24"

@@ -9,8 +9,10 @@ import { UNREACHABLE_HOST } from "./Icmp.ts"
 import { encodeIpv4, formatIpv4, IPV4_HEADER, isInBlock, parseIpv4, PROTOCOL_TCP } from "./Ipv4.ts"
 import type { NetDecision } from "./NetPolicy.ts"
 import { putU16, putU32 } from "./Octets.ts"
-import { TcpConnection, type TcpLimits, type TcpPeer, TcpPlan, TcpState } from "./TcpConnection.ts"
+import { TcpConnection } from "./TcpConnection.ts"
+import { peerOf, TcpFlow, type TcpFlowOwner, TcpFlowTable } from "./TcpFlow.ts"
 import { sequenceAdd, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, type TcpHeader } from "./TcpHeader.ts"
+import { type TcpLimits, TcpPlan, TcpState } from "./TcpState.ts"
 import { type Ends, TCP_HEADERS, TCP_HEADERS_MAX, type UserLink } from "./UserLink.ts"
 import type { UserNetHost } from "./UserNetHost.ts"
 import { TCP_BUFFER_MIN } from "./UserNetPlan.ts"
@@ -22,74 +24,15 @@ export const DNS_PORT = 53
 /** Ports of connections that come in from the host, chosen by chance (RFC 6056). */
 const EPHEMERAL_FIRST = 0x8000
 
-/** A connection with its two ends. */
-class TcpFlow implements Ends, HostTcpEvents {
-  readonly guestMac: Uint8Array
-  readonly guestAddress: number
-  readonly guestPort: number
-  readonly remoteAddress: number
-  readonly remotePort: number
-  readonly connection: TcpConnection
-  /** The next flow of the same hash. */
-  next: TcpFlow | undefined
-  /** The next flow that has something for the guest; the flow itself when it is the last. */
-  nextReady: TcpFlow | undefined
-  socket: HostTcp | undefined
-  /** Whether the policy has answered. */
-  decided = false
-  /** Gives up the question to the policy. */
-  giveUp: (() => void) | undefined
-  /** When the socket is closed in any case, once the connection is over. */
-  lingerUntil = Number.POSITIVE_INFINITY
-  readonly #table: UserTcp
-
-  constructor(table: UserTcp, ends: Ends, connection: TcpConnection) {
-    this.#table = table
-    this.guestMac = ends.guestMac
-    this.guestAddress = ends.guestAddress
-    this.guestPort = ends.guestPort
-    this.remoteAddress = ends.remoteAddress
-    this.remotePort = ends.remotePort
-    this.connection = connection
-  }
-
-  readonly connected = (): void => {
-    this.connection.opened(this.#table.host.now())
-    this.#table.changed(this)
-  }
-  readonly data = (bytes: Uint8Array): void => {
-    this.connection.hostData(bytes, this.#table.host.now())
-    this.#table.changed(this)
-  }
-  readonly end = (): void => {
-    this.connection.hostEnd()
-    this.#table.changed(this)
-  }
-  readonly written = (bytes: number): void => {
-    this.connection.hostWritten(bytes)
-    this.#table.changed(this)
-  }
-  readonly failed = (failure: HostSocketFailure): void => {
-    this.socket = undefined
-    this.#table.failed(this, failure)
-  }
-  readonly closed = (): void => {
-    this.socket = undefined
-    this.#table.changed(this)
-  }
-}
-
-const hashOf = (guestAddress: number, guestPort: number, remoteAddress: number, remotePort: number): number =>
-  Math.imul(remoteAddress, 0x9e37_79b1) ^ Math.imul((guestPort << 16) | remotePort, 0x85eb_ca6b) ^ guestAddress
-
 /** The connections of one network. */
-export class UserTcp {
-  readonly host: UserNetHost
+export class UserTcp implements TcpFlowOwner {
+  readonly #host: UserNetHost
+  readonly now: () => number
   readonly #link: UserLink
   readonly #names: DnsNames
   readonly #notify: () => void
-  /** By hash of their ends. */
-  readonly #flows = new Map<number, TcpFlow>()
+  /** Those that a segment can belong to. */
+  readonly #flows = new TcpFlowTable()
   /** All that have a socket or a state: those in the table, and those whose socket only passes on what it has. */
   readonly #all = new Set<TcpFlow>()
   #lastReady: TcpFlow | undefined
@@ -104,7 +47,8 @@ export class UserTcp {
 
   constructor(link: UserLink, host: UserNetHost, names: DnsNames, notify: () => void) {
     this.#link = link
-    this.host = host
+    this.#host = host
+    this.now = host.now
     this.#names = names
     this.#notify = notify
     const share = () => this.#share
@@ -130,8 +74,8 @@ export class UserTcp {
 
   /** Takes a segment of the guest: its header, its ends, and a copy of its payload. */
   receive(header: TcpHeader, ends: Ends, payload: Uint8Array): void {
-    const now = this.host.now()
-    const flow = this.#find(ends)
+    const now = this.#host.now()
+    const flow = this.#flows.find(ends)
     const isSyn = (header.flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) === TCP_SYN
     if (flow === undefined || (isSyn && flow.connection.canBeReplacedBy(header))) {
       if (flow !== undefined) this.#forget(flow)
@@ -148,10 +92,10 @@ export class UserTcp {
     if (this.#closed || !this.#makeRoom()) return undefined
     const ends = this.#incomingEnds(guestPort)
     if (ends === undefined) return undefined
-    const now = this.host.now()
-    const flow = this.#add(ends, new TcpConnection(this.#limits, this.host.random32(), now))
+    const now = this.#host.now()
+    const flow = this.#add(ends, new TcpConnection(this.#limits, this.#host.random32(), now))
     flow.socket = socket
-    const giveUp = this.host.decide({
+    const giveUp = this.#host.decide({
       protocol: "tcp",
       direction: "incoming",
       source: from,
@@ -193,7 +137,7 @@ export class UserTcp {
         payload = room
       }
       this.#unqueue(last, flow)
-      const took = connection.take(this.#plan, payload, this.host.now())
+      const took = connection.take(this.#plan, payload, this.#host.now())
       const length = took ? this.#link.writeSegment(frame, flow, connection, this.#plan) : 0
       this.changed(flow)
       if (took) return length
@@ -263,7 +207,7 @@ export class UserTcp {
       return
     }
     if (flow.nextReady === undefined && flow.decided && connection.wants) this.#enqueue(flow)
-    if (connection.deadline !== Number.POSITIVE_INFINITY) this.host.wakeAt(connection.deadline)
+    if (connection.deadline !== Number.POSITIVE_INFINITY) this.#host.wakeAt(connection.deadline)
   }
 
   /** The host's socket has failed. */
@@ -292,10 +236,10 @@ export class UserTcp {
       this.#refuse(ends, header, 0)
       return
     }
-    const flow = this.#add(ends, new TcpConnection(this.#limits, this.host.random32(), now, header))
+    const flow = this.#add(ends, new TcpConnection(this.#limits, this.#host.random32(), now, header))
     const hostname = this.#names.nameOf(ends.remoteAddress)
     const destination = { address: formatIpv4(ends.remoteAddress), port: ends.remotePort }
-    const giveUp = this.host.decide({
+    const giveUp = this.#host.decide({
       protocol: "tcp",
       direction: "outgoing",
       source: { address: formatIpv4(ends.guestAddress), port: ends.guestPort },
@@ -316,7 +260,7 @@ export class UserTcp {
   #route(decision: NetDecision, destination: HostEndpoint, isDns: boolean): HostEndpoint | undefined {
     if (decision._tag === "redirect") return decision.to
     if (decision._tag !== "allow") return undefined
-    if (isDns) return this.host.sockets.nameservers()[0]
+    if (isDns) return this.#host.sockets.nameservers()[0]
     // An address of the virtual network is nobody else's, whatever it may be outside.
     return isInBlock(parse(destination), this.#link.plan.subnet) ? undefined : destination
   }
@@ -326,7 +270,7 @@ export class UserTcp {
       flow.connection.abort()
       if (!silent) this.#sendReset(flow)
     } else {
-      flow.socket = this.host.sockets.connectTcp(to, flow)
+      flow.socket = this.#host.sockets.connectTcp(to, flow)
       flow.connection.attach(peerOf(flow))
     }
     this.changed(flow)
@@ -385,62 +329,39 @@ export class UserTcp {
     return false
   }
 
-  #incomingEnds(guestPort: number): Ends | undefined {
-    const { plan, guestMac } = this.#link
-    for (let tries = 0; tries < 16; tries++) {
-      const remotePort = EPHEMERAL_FIRST + this.host.random32() % (0x1_0000 - EPHEMERAL_FIRST)
-      const ends = { guestMac, guestAddress: plan.guest, guestPort, remoteAddress: plan.gateway, remotePort }
-      if (this.#find(ends) === undefined) return ends
-    }
-    return undefined
-  }
-
-  #find(ends: Ends): TcpFlow | undefined {
-    let flow = this.#flows.get(hashOf(ends.guestAddress, ends.guestPort, ends.remoteAddress, ends.remotePort))
-    while (flow !== undefined && !isSame(flow, ends)) flow = flow.next
-    return flow
-  }
-
   #add(ends: Ends, connection: TcpConnection): TcpFlow {
     const flow = new TcpFlow(this, ends, connection)
-    const hash = hashOf(ends.guestAddress, ends.guestPort, ends.remoteAddress, ends.remotePort)
-    flow.next = this.#flows.get(hash)
-    this.#flows.set(hash, flow)
+    this.#flows.add(flow)
     this.#all.add(flow)
     return flow
   }
 
-  /** Takes a flow out of the table, so that its ends can be used again. */
-  #detach(flow: TcpFlow): void {
-    const hash = hashOf(flow.guestAddress, flow.guestPort, flow.remoteAddress, flow.remotePort)
-    const first = this.#flows.get(hash)
-    if (first === flow) {
-      if (flow.next === undefined) this.#flows.delete(hash)
-      else this.#flows.set(hash, flow.next)
-    } else {
-      let before = first
-      while (before !== undefined && before.next !== flow) before = before.next
-      if (before !== undefined) before.next = flow.next
+  #incomingEnds(guestPort: number): Ends | undefined {
+    const { plan, guestMac } = this.#link
+    for (let tries = 0; tries < 16; tries++) {
+      const remotePort = EPHEMERAL_FIRST + this.#host.random32() % (0x1_0000 - EPHEMERAL_FIRST)
+      const ends = { guestMac, guestAddress: plan.guest, guestPort, remoteAddress: plan.gateway, remotePort }
+      if (this.#flows.find(ends) === undefined) return ends
     }
-    flow.next = undefined
+    return undefined
   }
 
   /** A connection is over: it is forgotten, at the latest when its socket has passed on what it has. */
   #forget(flow: TcpFlow): void {
     if (!this.#all.has(flow)) return
-    this.#detach(flow)
+    this.#flows.remove(flow)
     flow.giveUp?.()
     flow.giveUp = undefined
     if (flow.socket === undefined) {
       this.#remove(flow)
     } else if (flow.lingerUntil === Number.POSITIVE_INFINITY) {
-      flow.lingerUntil = this.host.now() + TCP_LINGER
-      this.host.wakeAt(flow.lingerUntil)
+      flow.lingerUntil = this.#host.now() + TCP_LINGER
+      this.#host.wakeAt(flow.lingerUntil)
     }
   }
 
   #remove(flow: TcpFlow): void {
-    this.#detach(flow)
+    this.#flows.remove(flow)
     this.#all.delete(flow)
   }
 
@@ -464,19 +385,3 @@ export class UserTcp {
 }
 
 const parse = (endpoint: HostEndpoint): number => parseIpv4(endpoint.address) ?? 0
-
-const isSame = (a: Ends, b: Ends): boolean =>
-  a.remotePort === b.remotePort && a.guestPort === b.guestPort && a.remoteAddress === b.remoteAddress &&
-  a.guestAddress === b.guestAddress
-
-/** The socket of a flow as its connection sees it, for as long as there is one. */
-const peerOf = (flow: TcpFlow): TcpPeer => ({
-  write: (bytes) => flow.socket?.write(bytes),
-  end: () => flow.socket?.end(),
-  reset: () => {
-    flow.socket?.reset()
-    flow.socket = undefined
-  },
-  pause: () => flow.socket?.pause(),
-  resume: () => flow.socket?.resume()
-})
