@@ -348,5 +348,40 @@ const console: MakeWorkload = () => {
   }
 }
 
+const VSOCK_HEADER_SIZE = 44
+const VSOCK_TYPE_STREAM = 1
+const VSOCK_OP_RST = 3
+const HOST_CID = 2
+
+/** Each request is a packet that ends a connection that there is not: it is taken, and nothing else happens. */
+const vsock: MakeWorkload = () => {
+  let cid = 0
+  return {
+    deviceId: 19,
+    config: { virtioVsock: true },
+    queue: 1,
+    queues: 3,
+    features: 0,
+    prepare: function*(cpu, driver) {
+      cid = yield* driver.loadConfiguration(cpu, { offset: 0, size: 4 })
+    },
+    next: (cpu, slot, address) => {
+      bytesAt(cpu, address, VSOCK_HEADER_SIZE).fill(0)
+      const view = viewAt(cpu, address, VSOCK_HEADER_SIZE)
+      view.setUint32(0, cid, true)
+      view.setUint32(8, HOST_CID, true)
+      view.setUint32(16, 1024 + slot, true)
+      view.setUint32(20, 80, true)
+      view.setUint16(28, VSOCK_TYPE_STREAM, true)
+      view.setUint16(30, VSOCK_OP_RST, true)
+      return {
+        chain: [{ address, length: VSOCK_HEADER_SIZE, writable: false }],
+        completed: (written) => assert.strictEqual(written, 0),
+        failed: nothing
+      }
+    }
+  }
+}
+
 /** A workload for each kind of device. */
-export const workloads: Readonly<Record<string, MakeWorkload>> = { entropy, block, mem, balloon, net, console }
+export const workloads: Readonly<Record<string, MakeWorkload>> = { entropy, block, mem, balloon, net, console, vsock }

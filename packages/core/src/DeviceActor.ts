@@ -8,6 +8,7 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
+import * as Fiber from "effect/Fiber"
 import * as Schema from "effect/Schema"
 import * as Scope from "effect/Scope"
 import type { CallReply } from "./Bus.ts"
@@ -23,6 +24,9 @@ export const TURN_ACCESSES = 512
 export const SETTLE_TURNS = 256
 /** Signals are numbered below this. */
 export const SIGNAL_LIMIT = 32
+
+/** How long the end of a device's generation may take before it is logged. */
+const END_PATIENCE = "10 seconds"
 
 /** Places of a new mailbox. Most devices never have more accesses waiting. */
 const FIRST_CAPACITY = 16
@@ -238,8 +242,15 @@ export class DeviceActor {
       const current = this.#current
       this.#current = undefined
       if (current === undefined) return Effect.void
-      return Effect.ensuring(Scope.close(current.scope, exit), this.#releaseAll)
+      return Effect.ensuring(this.#watched(Scope.close(current.scope, exit)), this.#releaseAll)
     })
+  }
+
+  /** The end of a generation waits for what it began. When that takes long, somebody has to be told what everything waits for. */
+  #watched(end: Effect.Effect<void>): Effect.Effect<void> {
+    const warning = Effect.logWarning(`${this.device.name} does not end: something that it began is still at work`)
+    const watch = Effect.interruptible(Effect.andThen(Effect.sleep(END_PATIENCE), warning))
+    return Effect.flatMap(Effect.forkChild(watch), (fiber) => Effect.ensuring(end, Fiber.interrupt(fiber)))
   }
 
   readonly #hold = (): () => void => {

@@ -14,23 +14,22 @@ import * as fc from "fast-check"
 const CRASH = 0xff
 
 /** A device that breaks when it is told so, and counts its lives. */
-const makeActor = (policy: DevicePolicy) => {
+const makeActor = (policy: DevicePolicy, end: () => Effect.Effect<void> = () => Effect.void) => {
   const seen = { starts: 0, writes: 0 }
   const device: Device = {
     name: "device0",
     ranges: [{ space: "pio", base: 0x10, size: 1, read: "call", write: "posted" }],
     interrupts: [],
     start: () =>
-      Effect.sync(() => {
-        seen.starts++
-        return {
+      Effect.acquireRelease(Effect.sync(() => seen.starts++), () => seen.starts === 1 ? end() : Effect.void).pipe(
+        Effect.map(() => ({
           read: () => 0,
           write: (_range: number, _offset: number, _size: number, value: number) => {
             if (value === CRASH) throw new Error("crash")
             seen.writes++
           }
-        }
-      })
+        }))
+      )
   }
   const actor = new DeviceActor(device, policy, (own) => ({
     ...own,
@@ -86,6 +85,24 @@ describe("a device that is started again", () => {
         { numRuns: 20 }
       )
     ))
+
+  it.effect("says so when its end does not end, and only then", () => {
+    const { layer, lines } = recorded()
+    return Effect.gen(function*() {
+      const { actor, seen } = makeActor(restartPolicy(), () => Effect.sleep("1 minute"))
+      yield* actor.start
+      yield* Effect.forkScoped(actor.run)
+      for (const [seconds, told] of [[9, 0], [2, 1], [50, 1]] as const) {
+        if (seen.writes === 0) actor.posted(0, 0, 1, CRASH)
+        yield* settle
+        yield* TestClock.adjust(`${seconds} seconds`)
+        yield* settle
+        assert.strictEqual(lines.filter((line) => line.startsWith("device0 does not end")).length, told)
+        seen.writes++
+      }
+      assert.strictEqual(seen.starts, 2)
+    }).pipe(Effect.scoped, Effect.provide(layer))
+  })
 
   it.effect("escalates in a storm of failures, and never when they are far apart", () =>
     Effect.gen(function*() {
