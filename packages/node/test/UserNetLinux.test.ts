@@ -13,7 +13,7 @@ const tapObstacle = (): string | undefined => {
   return status === 0 ? undefined : `no TAP interface in a network namespace: ${stderr.trim()}`
 }
 const noTap = tapObstacle()
-const CHECKS = 10
+const CHECKS = 12
 
 describe("user-mode network", { timeout: 120_000 }, () => {
   it.skipIf(noTap !== undefined)(

@@ -1,7 +1,7 @@
 /** The user-mode network on real sockets of the loopback interface. */
 import { assert, describe, it } from "@effect/vitest"
 import { NetBackend } from "@troupe/core/NetBackend"
-import { EntropySource } from "@troupe/devices"
+import { EntropySource } from "@troupe/devices/EntropySource"
 import { type HostEndpoint } from "@troupe/devices/net/user/HostSockets"
 import { allow, allowNetworks, type NetConnection, type NetPolicy, redirect } from "@troupe/devices/net/user/NetPolicy"
 import { layerUserNet, type UserNetBackendOptions } from "@troupe/devices/net/user/UserNetBackend"

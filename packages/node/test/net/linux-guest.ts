@@ -4,7 +4,7 @@
  */
 import { NetBackend, type NetPort } from "@troupe/core/NetBackend"
 import { FRAME_DATA_VALID, NetFrame } from "@troupe/core/NetFrame"
-import { EntropySource } from "@troupe/devices"
+import { EntropySource } from "@troupe/devices/EntropySource"
 import type { HostEndpoint } from "@troupe/devices/net/user/HostSockets"
 import { allow, type NetPolicy, redirect } from "@troupe/devices/net/user/NetPolicy"
 import { layerUserNet } from "@troupe/devices/net/user/UserNetBackend"
@@ -12,11 +12,14 @@ import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import assert from "node:assert/strict"
-import { execFileSync } from "node:child_process"
+import { execFile, execFileSync, spawnSync } from "node:child_process"
 import { createHash, randomBytes, randomFillSync } from "node:crypto"
 import { createSocket } from "node:dgram"
 import { once } from "node:events"
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { connect, createServer, type Server, type Socket } from "node:net"
+import { tmpdir } from "node:os"
+import { join } from "node:path"
 import { layerWith } from "../../src/net/NodeSockets.ts"
 import * as Tap from "../../src/net/Tap.ts"
 
@@ -28,7 +31,7 @@ const MIB = 2 ** 20
 const LARGE = Number(process.argv[2] ?? 8)
 
 /** Carries frames between two ports, and loses some. */
-const join = (left: NetPort, right: NetPort, lose: () => boolean) => {
+const connectPorts = (left: NetPort, right: NetPort, lose: () => boolean) => {
   const buffer = new Uint8Array(70_000)
   const frame = new NetFrame()
   const move = (from: NetPort, to: NetPort): number => {
@@ -121,7 +124,35 @@ const exchange = async (size: number): Promise<number> => {
   return performance.now() - began
 }
 
+/** Runs a program while frames go back and forth. */
+const run = (program: string, args: ReadonlyArray<string>) =>
+  new Promise<string>((resolve, reject) =>
+    execFile(program, args, { timeout: 10_000 }, (error, stdout, stderr) => {
+      if (error === null) resolve(stdout)
+      else reject(new Error(`${error.message}\n${stdout}\n${stderr}`))
+    })
+  )
+
+/** Prints what a DHCP client has been told. */
+const DHCP_SCRIPT = "#!/bin/sh\necho $1 $ip $subnet $router $dns $mtu $hostname $domain $lease\n"
+const hasBusybox = spawnSync("busybox", ["udhcpc", "--help"]).status === 0
+
 const checks: Record<string, () => Promise<string | void>> = {
+  "the DHCP and the ping of busybox": async () => {
+    if (!hasBusybox) return "there is no busybox here"
+    const folder = mkdtempSync(join(tmpdir(), "udhcpc-"))
+    const script = join(folder, "script")
+    writeFileSync(script, DHCP_SCRIPT, { mode: 0o755 })
+    const said = await run("busybox", ["udhcpc", "-i", "guest0", "-n", "-q", "-f", "-O", "mtu", "-s", script])
+    rmSync(folder, { recursive: true })
+    assert.match(said, /bound 10\.0\.2\.15 255\.255\.255\.0 10\.0\.2\.2 10\.0\.2\.3 1500 guest example\.org 86400/)
+    assert.match(await run("busybox", ["ping", "-c", "3", "10.0.2.2"]), /3 packets received/)
+  },
+  "the names of busybox": async () => {
+    if (!hasBusybox) return "there is no busybox here"
+    const said = await run("busybox", ["nslookup", "-type=a", "db.test", "10.0.2.3"])
+    assert.match(said, /db\.test\s+Address: 192\.0\.2\.7/)
+  },
   "a connection carries both directions at once": async () => {
     const took = await exchange(LARGE * MIB)
     return `${Math.round((2 * LARGE * MIB) / took / 1000)} MB/s`
@@ -273,15 +304,33 @@ const checks: Record<string, () => Promise<string | void>> = {
   }
 }
 
+/** A name server that knows one address. */
+const nameserver = async (): Promise<HostEndpoint> => {
+  const socket = createSocket("udp4")
+  socket.on("message", (query, from) => {
+    const answer = Buffer.concat([query, Buffer.from([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 192, 0, 2, 7])])
+    answer.writeUInt16BE(0x8180, 2)
+    answer.writeUInt16BE(1, 6)
+    socket.send(answer, from.port, from.address)
+  })
+  socket.bind(0, "127.0.0.1")
+  await once(socket, "listening")
+  socket.unref()
+  return { address: "127.0.0.1", port: socket.address().port }
+}
+
 const program = Effect.gen(function*() {
   ip("link", "set", "lo", "up")
+  const dns = yield* Effect.promise(nameserver)
   const host = { address: "127.0.0.1", port: 0 }
   const entropy = Layer.succeed(EntropySource, { fill: (bytes) => void randomFillSync(bytes) })
   const user = layerUserNet({
     policy,
+    hostname: "guest",
+    domain: "example.org",
     forwards: [{ protocol: "tcp", host, guestPort: 22 }, { protocol: "udp", host, guestPort: 53 }],
     onForward: (_, at) => forwards.push(at)
-  }).pipe(Layer.provide([layerWith({}), entropy]))
+  }).pipe(Layer.provide([layerWith({ nameservers: [dns] }), entropy]))
   const tap = yield* Context.get(yield* Layer.build(Tap.layer({ name: "guest0" })), NetBackend).open({
     index: 0,
     name: "net0",
@@ -299,7 +348,7 @@ const program = Effect.gen(function*() {
   })
   tap.allowOffloads(tap.delivers & net.accepts)
   net.allowOffloads(net.delivers & tap.accepts)
-  join(tap, net, () => Math.random() * 100 < lossPercent)
+  connectPorts(tap, net, () => Math.random() * 100 < lossPercent)
   for (const [name, check] of Object.entries(checks)) {
     const said = yield* Effect.promise(check)
     console.log(`held: ${name}${said === undefined ? "" : ` (${said})`}`)
