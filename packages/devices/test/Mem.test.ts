@@ -2,6 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
+import { MachinePolicy } from "@troupe/core/MachinePolicy"
 import type { MemController } from "@troupe/core/MemController"
 import { FakeHypervisor, FaultPlan, GuestAcpi, GuestProgram, Simulation } from "@troupe/core/testing"
 import { startVirtioMmio, VirtioMmio, type VirtioMmioDriver } from "@troupe/core/testing/drivers/VirtioMmioDriver"
@@ -286,6 +287,27 @@ describe("The memory device", () => {
       ),
       20
     )
+  })
+
+  it("begins every life of the guest with nothing plugged, and asks for the same again", () => {
+    let lives = 0
+    Simulation.check(
+      runGuest(function*(cpu) {
+        const driver = yield* start(cpu)
+        const base = yield* config(cpu, "addr")
+        assert.strictEqual(yield* config(cpu, "plugged_size"), 0)
+        assert.strictEqual(yield* config(cpu, "requested_size"), 4 * BLOCK)
+        yield* checkBlocks(cpu, base, new Map())
+        assert.strictEqual((yield* ask(cpu, driver, MemRequest.PLUG, base, 4)).type, MemResponse.ACK)
+        assert.strictEqual(yield* cpu.load(base, 4), 0)
+        yield* cpu.store(base, 4, ++lives)
+        if (lives < 3) yield* GuestAcpi.reset(cpu)
+      }, (controller) => controller.requestSize(4 * BLOCK)).pipe(
+        Effect.provideService(MachinePolicy, { reset: "run-again", device: { _tag: "escalate" } }),
+        Effect.provide(layerHost())
+      )
+    )
+    assert.strictEqual(lives, 3)
   })
 
   it("refuses a driver that would read what is not plugged, and needs a reset after a request without room to answer", () => {
