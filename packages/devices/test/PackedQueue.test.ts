@@ -128,12 +128,12 @@ describe("A hostile driver of a packed ring", () => {
     ["a range across the end", "address", [raw(AVAIL, 7, MEMORY_SIZE - 8)]],
     ["an address that wraps", "address", [raw(AVAIL, 7, 2 ** 64 - 2048, 4096)]],
     ["a table", undefined, [table(2)], [raw(0), raw(WRITE)]],
+    ["a table after another buffer", "indirect", [raw(AVAIL | NEXT), table(1)], [raw(0)]],
     ["a table that was not negotiated", "indirect", [table(1)], [raw(0)], false],
     ["a table that is not the last", "indirect", [table(1, NEXT), raw(AVAIL)], [raw(0)]],
     ["a table of no bytes", "indirect", [table(0)]],
     ["a table of half a descriptor", "indirect", [raw(AVAIL | INDIRECT, 7, TABLE, 8)]],
     ["a table outside", "address", [raw(AVAIL | INDIRECT, 7, MEMORY_SIZE, 16)]],
-    ["flags in a table that say nothing there", undefined, [table(1)], [raw(NEXT | INDIRECT | USED)]],
     ["a table as long as the ring", undefined, [table(SIZE)], Array.from({ length: SIZE }, () => raw(0))],
     ["a table longer than the ring", "chain-length", [table(SIZE + 1)], Array.from({ length: SIZE + 1 }, () => raw(0))],
     ["a table with the wrong order", "direction", [table(2)], [raw(WRITE), raw(0)]]
@@ -149,6 +149,12 @@ describe("A hostile driver of a packed ring", () => {
       assert.strictEqual(queue.take(new DescriptorChain(SIZE)), false)
     })
   }
+
+  it("looks at no flag in a table but the direction", () => {
+    const { chain, taken } = takeOf([table(2)], [raw(NEXT | INDIRECT | USED), raw(WRITE | AVAIL)])
+    assert.isTrue(taken)
+    assert.deepStrictEqual([chain.count, chain.readableBytes, chain.writableBytes], [2, 16, 16])
+  })
 
   it("is found to give an id twice, and more entries than the ring has", () => {
     const twice = takeOf([raw(AVAIL), raw(AVAIL)])

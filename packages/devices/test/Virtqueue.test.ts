@@ -1,68 +1,9 @@
 // Both formats of virtqueues against one driver's script: the same rules, and the same behaviour that a device sees.
 import { assert, describe, it } from "@effect/vitest"
-import { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
-import { PackedQueueDriver } from "@troupe/core/testing/drivers/PackedQueueDriver"
-import type { DriverBuffer, QueueDriver } from "@troupe/core/testing/drivers/QueueDriver"
-import { INDIRECT_ENTRIES, SplitQueueDriver } from "@troupe/core/testing/drivers/SplitQueueDriver"
+import { INDIRECT_ENTRIES } from "@troupe/core/testing/drivers/SplitQueueDriver"
 import * as fc from "fast-check"
 import { DescriptorChain } from "../src/virtio/DescriptorChain.ts"
-import {
-  makeFeatures,
-  VIRTIO_F_EVENT_IDX,
-  VIRTIO_F_IN_ORDER,
-  VIRTIO_F_INDIRECT_DESC,
-  VIRTIO_F_RING_PACKED,
-  VIRTIO_F_VERSION_1
-} from "../src/virtio/Features.ts"
-import { makeVirtqueue } from "../src/virtio/QueueMaker.ts"
-import type { Virtqueue } from "../src/virtio/Virtqueue.ts"
-
-const MEMORY_SIZE = 0x10_0000
-const QUEUE_ADDRESS = 0x1000
-/** Where the buffers of tests begin. */
-const DATA_ADDRESS = 0x8_0000
-
-interface Options {
-  readonly size: number
-  readonly indirect: boolean
-  readonly eventIndex: boolean
-  readonly inOrder: boolean
-}
-
-interface Pair {
-  readonly memory: GuestMemory
-  readonly driver: QueueDriver
-  readonly queue: Virtqueue
-}
-
-const pairOf = (packed: boolean) => (options: Options): Pair => {
-  const { eventIndex, inOrder, indirect, size } = options
-  const memory = new GuestMemory([new MemoryRegion(0, new ArrayBuffer(MEMORY_SIZE))])
-  const place = { memory, address: QUEUE_ADDRESS, size, indirect, eventIndex }
-  const driver = packed ? new PackedQueueDriver(place) : new SplitQueueDriver(place)
-  const queue = makeVirtqueue(memory, {
-    size,
-    descriptorArea: driver.areas.descriptor,
-    driverArea: driver.areas.driver,
-    deviceArea: driver.areas.device,
-    features: makeFeatures(
-      VIRTIO_F_VERSION_1,
-      ...(packed ? [VIRTIO_F_RING_PACKED] : []),
-      ...(indirect ? [VIRTIO_F_INDIRECT_DESC] : []),
-      ...(eventIndex ? [VIRTIO_F_EVENT_IDX] : []),
-      ...(inOrder ? [VIRTIO_F_IN_ORDER] : [])
-    )
-  })
-  if (queue === undefined) throw new Error("the queue is refused")
-  return { memory, driver, queue }
-}
-
-const FORMATS = [
-  { name: "split", pair: pairOf(false), sizes: [1, 2, 4, 16] },
-  { name: "packed", pair: pairOf(true), sizes: [1, 2, 3, 5, 16, 17] }
-]
-
-const buffer = (address: number, length: number, writable = false): DriverBuffer => ({ address, length, writable })
+import { buffer, DATA_ADDRESS, FORMATS, type Pair, pairOf } from "./QueuePairs.ts"
 
 describe.each(FORMATS)("A correct driver of a $name ring", ({ pair, sizes }) => {
   const command = fc.oneof(

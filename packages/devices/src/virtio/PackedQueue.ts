@@ -303,6 +303,11 @@ export class PackedQueue implements Virtqueue {
       const length = view.getUint32(at + 8, true)
       const id = view.getUint16(at + 12, true)
       if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
+        // A list has descriptors of one kind only (section 2.8.5), unlike a split ring's.
+        if (chain.entries > 1) {
+          walk.fail("indirect", "a table of descriptors after other buffers")
+          return -1
+        }
         const region = walk.table(low, high, length, flags)
         if (region === undefined) return -1
         const table = addressFromHalves(low, high) - region.guestAddress
