@@ -3,34 +3,39 @@ import type { Lab } from "./Lab.ts"
 import { LabError } from "./LabError.ts"
 import type { BootRun } from "./measure-boot.ts"
 import { labPaths } from "./RootImage.ts"
-import { quoted, troupeArguments } from "./TroupeCommand.ts"
+import { quoted } from "./TroupeCommand.ts"
 
 const MEMORY = 512
-const CMDLINE = "console=ttyS0 panic=-1 quiet troupe.action=poweroff"
+const CMDLINE = "console=ttyS0 panic=-1 quiet troupe.action=poweroff troupe_devices=1"
+/** The guest's disk, made before each boot. */
+const DISK = "/tmp/boot-disk"
 
 const qemu = (machine: string): ReadonlyArray<string> => [
   "qemu-system-x86_64",
   ...`-M ${machine} -m ${MEMORY} -kernel ${labPaths.vmlinux} -initrd ${labPaths.initrd}`.split(" "),
   ..."-accel kvm -cpu host -smp 1 -nodefaults -no-user-config -display none -no-reboot -serial stdio".split(" "),
-  // Our VMM has an entropy device unless told otherwise; so that both have the same to do.
-  "-device",
-  "virtio-rng-device",
+  ..."-device virtio-rng-device -device virtio-balloon-device,free-page-reporting=on".split(" "),
+  ..."-device virtio-serial-device -chardev null,id=hvc0 -device virtconsole,chardev=hvc0".split(" "),
+  ...`-drive file=${DISK},if=none,id=disk,format=raw -device virtio-blk-device,drive=disk`.split(" "),
+  ..."-netdev user,id=net -device virtio-net-device,netdev=net,mac=02:00:00:00:00:01".split(" "),
   "-append",
   CMDLINE
 ]
 
-/** What is compared. All boot the ELF kernel through PVH with one vCPU, a serial console and an entropy device. */
+/**
+ * What is compared. All boot the ELF kernel through PVH with one vCPU, a serial console, and an entropy device, a balloon, a console, a
+ * disk and a network; the drivers of the devices belong to the boot.
+ */
 export const vmms = {
   troupe: [
     labPaths.node,
-    ...troupeArguments({
-      kernel: labPaths.vmlinux,
-      initrd: labPaths.initrd,
-      cmdline: CMDLINE,
-      cpus: 1,
-      memory: MEMORY,
-      bootProtocol: "pvh"
-    }, labPaths.repository)
+    "--disable-warning=ExperimentalWarning",
+    `${labPaths.repository}/scripts/lab/boot-devices.ts`,
+    labPaths.vmlinux,
+    labPaths.initrd,
+    String(MEMORY),
+    CMDLINE,
+    DISK
   ],
   /** With the clock whose absence costs a Linux guest seconds and tens of thousands of exits: QEMU at its best. */
   "qemu-microvm": qemu("microvm,rtc=on"),
@@ -51,7 +56,8 @@ export interface BootMeasurement {
 /** Measures one boot in the lab. */
 export const measureBoot = async (lab: Lab, vmm: Vmm, trace: boolean): Promise<BootRun> => {
   const measure = [labPaths.node, "scripts/lab/measure-boot.ts", ...(trace ? ["--trace"] : []), "--"]
-  const result = await lab.run({ script: [...measure, ...vmms[vmm]].map(quoted).join(" "), timeoutSeconds: 180 })
+  const script = `truncate -s 64M ${DISK}\n${[...measure, ...vmms[vmm]].map(quoted).join(" ")}`
+  const result = await lab.run({ script, timeoutSeconds: 180 })
   const text = result.files.get("boot.json")
   if (text === undefined) throw new LabError(`measuring a boot under ${vmm} failed:\n${result.output}`)
   // Written by measure-boot.ts of the same clone.

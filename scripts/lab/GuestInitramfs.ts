@@ -28,8 +28,13 @@ export const DEVICE_MODULES: ReadonlyArray<string> = [
 ]
 
 // No waits anywhere: everything the guest's time is spent on is the kernel's or busybox's own work.
-const INIT = `#!/bin/busybox sh
-# The first line is what measurements take for the end of the kernel's boot, so it comes before everything else.
+const initOf = (modules: ReadonlyArray<KernelModule>): string =>
+  `#!/bin/busybox sh
+# The kernel hands words that it does not know to init: with troupe_devices=1 the drivers of all devices belong to the boot.
+[ -z "$troupe_devices" ] || for module in ${modules.map(({ name }) => name).join(" ")}; do
+  insmod "/lib/modules/$module.ko"
+done
+# This line is what measurements take for the end of the kernel's boot, so it comes before everything else.
 echo "${REPORT}init"
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -82,9 +87,11 @@ esac
 
 /** The guest's initramfs, compressed; the same inputs give the same bytes. */
 export const buildGuestInitramfs = async (kernel: LinuxKernel): Promise<Buffer> => {
-  const wanted = GUEST_MODULES.filter((name) => kernel.modules?.has(name) === true)
+  const wanted = [...new Set([...GUEST_MODULES, ...DEVICE_MODULES])].filter((name) =>
+    kernel.modules?.has(name) === true
+  )
   const modules: ReadonlyArray<KernelModule> = await kernel.modules?.load(wanted) ?? []
-  return gzipSync(encodeCpio(initramfsEntries(await readFile(kernel.busybox), INIT, modules)), { level: 6 })
+  return gzipSync(encodeCpio(initramfsEntries(await readFile(kernel.busybox), initOf(modules), modules)), { level: 6 })
 }
 
 /** Entries of an initramfs whose `/init` is a busybox shell script. */

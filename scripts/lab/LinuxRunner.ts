@@ -3,6 +3,7 @@ import { spawn } from "node:child_process"
 import { createHash } from "node:crypto"
 import { constants } from "node:fs"
 import { access, readFile, writeFile } from "node:fs/promises"
+import { join } from "node:path"
 import { cachePath, cloneRoot, once } from "./Cache.ts"
 import { buildGuestInitramfs, type GuestAction, REPORT } from "./GuestInitramfs.ts"
 import { Lab } from "./Lab.ts"
@@ -40,6 +41,23 @@ export interface LinuxOutcome {
   readonly cmdline: string
 }
 
+/** An application that makes its own guest: a source of the clone, see `test/lab/hosts`. */
+export interface HostProgram {
+  /** Relative to the clone. */
+  readonly source: string
+  readonly args?: ReadonlyArray<string>
+  readonly timeoutSeconds?: number
+  readonly onOutput?: (chunk: Buffer) => void
+}
+
+/** What it left: the steps that went well, in order, and everything printed. */
+export interface HostOutcome {
+  readonly code: number | undefined
+  readonly output: string
+  readonly seconds: number
+  readonly steps: ReadonlyArray<string>
+}
+
 /** Runs guests in one place. */
 export interface LinuxRunner extends AsyncDisposable {
   /** The place, for people. */
@@ -48,6 +66,7 @@ export interface LinuxRunner extends AsyncDisposable {
   /** The lab, where it is one. */
   readonly lab: Lab | undefined
   readonly run: (guest: LinuxGuest) => Promise<LinuxOutcome>
+  readonly runHost: (program: HostProgram) => Promise<HostOutcome>
 }
 
 export interface LinuxRunnerOptions {
@@ -103,10 +122,18 @@ const troupeRunOf = (guest: LinuxGuest, files: Record<"bzImage" | "vmlinux" | "i
 
 const DEFAULT_TIMEOUT_SECONDS = 180
 
-const runOnHost = async (kernel: LinuxKernel, initrd: string, guest: LinuxGuest): Promise<LinuxOutcome> => {
-  const args = troupeArguments(troupeRunOf(guest, { bzImage: kernel.bzImage, vmlinux: kernel.vmlinux, initrd }))
+interface NodeRun {
+  readonly interactive: boolean
+  readonly timeoutSeconds: number | undefined
+  readonly onOutput: ((chunk: Buffer) => void) | undefined
+}
+
+/** Runs Node on this host. */
+const runNode = async (
+  args: ReadonlyArray<string>,
+  { interactive, onOutput, timeoutSeconds }: NodeRun
+): Promise<{ readonly code: number | undefined; readonly output: string; readonly seconds: number }> => {
   const begun = performance.now()
-  const interactive = guest.action === "shell"
   const child = spawn(process.execPath, args, {
     stdio: interactive ? "inherit" : ["ignore", "pipe", "pipe"],
     cwd: cloneRoot
@@ -115,11 +142,11 @@ const runOnHost = async (kernel: LinuxKernel, initrd: string, guest: LinuxGuest)
   const timer = interactive ? undefined : setTimeout(() => {
     late = true
     child.kill("SIGKILL")
-  }, (guest.timeoutSeconds ?? DEFAULT_TIMEOUT_SECONDS) * 1000)
+  }, (timeoutSeconds ?? DEFAULT_TIMEOUT_SECONDS) * 1000)
   const chunks: Array<Buffer> = []
   const keep = (chunk: Buffer): void => {
     chunks.push(chunk)
-    guest.onOutput?.(chunk)
+    onOutput?.(chunk)
   }
   child.stdout?.on("data", keep)
   child.stderr?.on("data", keep)
@@ -127,14 +154,38 @@ const runOnHost = async (kernel: LinuxKernel, initrd: string, guest: LinuxGuest)
     child.on("error", reject)
     child.on("close", resolve)
   }).finally(() => clearTimeout(timer))
-  const output = Buffer.concat(chunks).toString()
   return {
     code: late ? undefined : code ?? -1,
-    output,
-    seconds: (performance.now() - begun) / 1000,
-    report: reportOf(output),
-    cmdline: cmdlineOf(guest)
+    output: Buffer.concat(chunks).toString(),
+    seconds: (performance.now() - begun) / 1000
   }
+}
+
+const runOnHost = async (kernel: LinuxKernel, initrd: string, guest: LinuxGuest): Promise<LinuxOutcome> => {
+  const args = troupeArguments(troupeRunOf(guest, { bzImage: kernel.bzImage, vmlinux: kernel.vmlinux, initrd }))
+  const { onOutput, timeoutSeconds } = guest
+  const result = await runNode(args, { interactive: guest.action === "shell", timeoutSeconds, onOutput })
+  return { ...result, report: reportOf(result.output), cmdline: cmdlineOf(guest) }
+}
+
+const stepsOf = (output: string): ReadonlyArray<string> =>
+  [...output.matchAll(/^ok (.*) [\d.]+ s$/gm)].map((match) => match[1]!)
+
+const runHostOnHost = async (kernel: LinuxKernel, program: HostProgram): Promise<HostOutcome> => {
+  const files = ["--kernel", kernel.vmlinux, "--busybox", kernel.busybox, "--modules", kernel.modules?.folder ?? ""]
+  const args = ["--disable-warning=ExperimentalWarning", join(cloneRoot, program.source), ...files]
+  const { onOutput, timeoutSeconds } = program
+  const result = await runNode([...args, ...program.args ?? []], { interactive: false, timeoutSeconds, onOutput })
+  return { ...result, steps: stepsOf(result.output) }
+}
+
+const runHostInLab = async (lab: Lab, program: HostProgram): Promise<HostOutcome> => {
+  const result = await lab.run({
+    script: `exec ${[labPaths.node, program.source, ...program.args ?? []].map(quoted).join(" ")}`,
+    timeoutSeconds: program.timeoutSeconds ?? DEFAULT_TIMEOUT_SECONDS,
+    ...(program.onOutput === undefined ? {} : { onOutput: program.onOutput })
+  })
+  return { ...result, steps: stepsOf(result.output) }
 }
 
 const runInLab = async (lab: Lab, guest: LinuxGuest): Promise<LinuxOutcome> => {
@@ -183,6 +234,7 @@ export const openLinuxRunner = async (options: LinuxRunnerOptions = {}): Promise
       kernel,
       lab: undefined,
       run: (guest) => runOnHost(kernel, initrd, guest),
+      runHost: (program) => runHostOnHost(kernel, program),
       [Symbol.asyncDispose]: () => Promise.resolve()
     }
   }
@@ -192,6 +244,7 @@ export const openLinuxRunner = async (options: LinuxRunnerOptions = {}): Promise
     kernel,
     lab,
     run: (guest) => runInLab(lab, guest),
+    runHost: (program) => runHostInLab(lab, program),
     [Symbol.asyncDispose]: () => lab[Symbol.asyncDispose]()
   }
 }

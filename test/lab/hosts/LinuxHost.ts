@@ -24,6 +24,10 @@ const { values: options } = parseArgs({
     busybox: { type: "string", default: "/bin/busybox" },
     modules: { type: "string", default: "/lab/modules" },
     transport: { type: "string", default: "mmio" },
+    /** Make a TAP interface on the host, and give it an address: for hosts on which nobody minds. */
+    tap: { type: "boolean", default: false },
+    /** Names of the steps to do, with commas; all unless given. */
+    steps: { type: "string" },
     /** Print what the guest prints. */
     verbose: { type: "boolean", default: false }
   }
@@ -31,6 +35,13 @@ const { values: options } = parseArgs({
 
 /** The transport of the command line. */
 export const transport = options.transport === "pci" ? "pci" : "mmio"
+
+/** Whether there may be a TAP interface. */
+export const mayTap = options.tap
+
+/** Whether the command line wants this step. */
+export const isWanted = (step: string): boolean =>
+  options.steps === undefined || options.steps.split(",").includes(step)
 
 /** A Linux that runs. */
 export interface LinuxGuest extends GuestShell {
