@@ -135,7 +135,7 @@ describe("openQcow2", () => {
               }
               case "zero": {
                 const { length, offset } = place(action, size)
-                yield* blockEffect((done) => disk.writeZeroes?.(offset, length, true, done))
+                yield* blockEffect((done) => disk.writeZeroes?.(offset, length, action.sector % 2 === 0, done))
                 model.fill(0, offset, offset + length)
                 break
               }
@@ -209,7 +209,7 @@ describe("openQcow2", () => {
                 action.kind === "write"
                   ? disk.write(offset, [bytes], done)
                   : action.kind === "zero"
-                  ? disk.writeZeroes?.(offset, length, true, done)
+                  ? disk.writeZeroes?.(offset, length, action.sector % 2 === 0, done)
                   : disk.discard?.(offset, length, done)
               )
               if (action.kind === "discard") {
@@ -290,7 +290,7 @@ describe("openQcow2", () => {
               const exit = yield* Effect.exit(blockEffect((done) =>
                 action.kind === "write"
                   ? disk.write(offset, [bytes], done)
-                  : disk.writeZeroes?.(offset, length, true, done)
+                  : disk.writeZeroes?.(offset, length, action.sector % 2 === 0, done)
               ))
               model.set(bytes, offset)
               unknown.fill(Exit.isSuccess(exit) ? 0 : 1, offset / SECTOR, (offset + length) / SECTOR)
@@ -341,7 +341,7 @@ describe("openQcow2", () => {
                   yield* blockEffect((done) => disk.write(offset, [bytes], done))
                   model.set(bytes, offset)
                 } else if (action.kind === "zero") {
-                  yield* blockEffect((done) => disk.writeZeroes?.(offset, length, true, done))
+                  yield* blockEffect((done) => disk.writeZeroes?.(offset, length, action.sector % 2 === 0, done))
                   model.fill(0, offset, offset + length)
                 } else {
                   yield* blockEffect((done) => disk.discard?.(offset, length, done))

@@ -441,12 +441,13 @@ class Qcow2Image {
     this.#run("discard", this.#lock.withPermit(this.#clear(offset, length)), done)
   }
 
-  readonly writeZeroes = (offset: number, length: number, _: boolean, done: BlockDone): void => {
+  /** Clusters stay the image's own unless `unmap` allows to give them up. */
+  readonly writeZeroes = (offset: number, length: number, unmap: boolean, done: BlockDone): void => {
     if (this.#refuse("writeZeroes", offset, length, done) || this.#refuseWrite("writeZeroes", done)) return
     const size = this.#clusterSize
     const first = Math.ceil(offset / size) * size
     const last = Math.floor((offset + length) / size) * size
-    const pieces = this.#canClear && first < last
+    const pieces = unmap && this.#canClear && first < last
       ? Effect.andThen(this.#zero(offset, first - offset), this.#clear(first, last - first)).pipe(
         Effect.andThen(this.#zero(last, offset + length - last))
       )
