@@ -267,6 +267,22 @@ describe("UserNet", () => {
     assert.strictEqual(test.sockets.tcp.length, 1)
   })
 
+  it("keeps few datagrams for a policy that takes its time", () => {
+    const test = new NetworkUnderTest()
+    let answer: ((decision: NetDecision) => void) | undefined
+    test.decide = (_, later) => {
+      answer = later
+      return () => {}
+    }
+    for (let i = 0; i < 40; i++) test.send(udp(1, 2, Uint8Array.of(i), { destination: REMOTE }))
+    for (let i = 0; i < 40; i++) test.send(udp(3, 4, new Uint8Array(1400).fill(i), { destination: REMOTE }))
+    answer!(allow)
+    assert.strictEqual(test.sockets.udp[0]!.sent.length, 16)
+    for (let i = 0; i < 100; i++) test.send(udp(5, 6, new Uint8Array(0xff00), { destination: REMOTE }))
+    answer!(allow)
+    assert.strictEqual(test.sockets.udp[1]!.sent.length, 1)
+  })
+
   it("asks the policy about a refused datagram's conversation once in a while", () => {
     const test = new NetworkUnderTest()
     test.decide = (_, answer) => {

@@ -30,6 +30,8 @@ export interface NodeSocketsOptions {
 const BACKLOG = 128
 /** Datagrams that wait until their socket is connected. */
 const EARLY_MAX = 16
+/** Bytes of datagrams that wait for the system, of one socket; what is more is lost. */
+const PENDING_MAX = 0x4_0000
 
 const failureOf = (error: unknown): HostSocketFailure => {
   const code = typeof error === "object" && error !== null && "code" in error ? error.code : undefined
@@ -146,6 +148,8 @@ class NodeUdp implements HostUdp {
   #events: HostUdpEvents | undefined
   /** What is sent before the socket is connected. */
   #early: Array<Uint8Array> | undefined = []
+  /** Bytes that the system has not taken yet. */
+  #pending = 0
 
   constructor(to: HostEndpoint, events: HostUdpEvents, all: Set<Open>) {
     this.#all = all
@@ -173,8 +177,10 @@ class NodeUdp implements HostUdp {
       if (this.#early.length < EARLY_MAX) this.#early.push(bytes)
       return
     }
-    if (this.#events === undefined) return
+    if (this.#events === undefined || this.#pending + bytes.length > PENDING_MAX) return
+    this.#pending += bytes.length
     this.#socket.send(bytes, (error) => {
+      this.#pending -= bytes.length
       if (error !== null) this.#events?.failed(failureOf(error))
     })
   }

@@ -38,6 +38,9 @@ export interface UserNetBackendOptions extends UserNetOptions {
 /** Milliseconds that only grow, whatever is done to the time of day. */
 const milliseconds = (clock: Clock.Clock): number => Number(clock.monotonicTimeNanosUnsafe()) / 1e6
 
+/** Deadlines closer together than this share one look at all connections, in milliseconds. */
+const TICK_MIN = 5
+
 /** Keeps a network's deadlines: runs `tick` when one has come. */
 const makeTimer = (clock: Clock.Clock) => {
   const latch = Latch.makeUnsafe(false)
@@ -58,7 +61,7 @@ const makeTimer = (clock: Clock.Clock) => {
       }
       latch.closeUnsafe()
       if (next === Number.POSITIVE_INFINITY) yield* latch.await
-      else yield* Effect.timeoutOption(latch.await, Math.ceil(next - now))
+      else yield* Effect.timeoutOption(latch.await, Math.max(TICK_MIN, Math.ceil(next - now)))
     }).pipe(Effect.forever)
   return { wakeAt, run }
 }

@@ -17,8 +17,10 @@ export const UDP_IDLE = 120_000
 export const UDP_IDLE_DNS = 20_000
 /** How long a refusal is remembered, in milliseconds. */
 export const UDP_REFUSED = 5000
-/** The most datagrams that wait for a decision. */
+/** The most datagrams of one conversation that wait for a decision. */
 export const UDP_WAITING_MAX = 16
+/** The most bytes of them. */
+export const UDP_WAITING_BYTES = 0x1_0000
 /** How long a name server may take before a new query goes to the next one, in milliseconds. */
 export const DNS_PATIENCE = 2000
 
@@ -33,6 +35,7 @@ class UdpFlow implements Ends, HostUdpEvents {
   socket: HostUdp | undefined
   /** Datagrams that wait for the decision. */
   waiting: Array<Uint8Array> = []
+  waitingBytes = 0
   decided = false
   /** The decision, once it was a refusal. */
   refused: "reset" | "drop" | undefined
@@ -54,6 +57,13 @@ class UdpFlow implements Ends, HostUdpEvents {
     this.remoteAddress = ends.remoteAddress
     this.remotePort = ends.remotePort
     this.isDns = isDns
+  }
+
+  /** Keeps a datagram until the decision, or loses it. */
+  wait(bytes: Uint8Array): void {
+    if (this.waiting.length >= UDP_WAITING_MAX || this.waitingBytes + bytes.length > UDP_WAITING_BYTES) return
+    this.waiting.push(bytes)
+    this.waitingBytes += bytes.length
   }
 
   readonly message = (bytes: Uint8Array): void => this.#table.message(this, bytes)
@@ -91,7 +101,7 @@ export class UserUdp {
     if (flow.refused !== undefined) {
       if (flow.refused === "reset") this.#unreachable(flow, UNREACHABLE_PORT)
     } else if (!flow.decided) {
-      if (flow.waiting.length < UDP_WAITING_MAX) flow.waiting.push(payload)
+      flow.wait(payload)
     } else {
       this.#send(flow, payload, now)
     }
@@ -117,7 +127,7 @@ export class UserUdp {
     flow.expires = now + UDP_IDLE
     if (flow.refused !== undefined) return
     if (flow.decided) flow.message(bytes)
-    else if (flow.waiting.length < UDP_WAITING_MAX) flow.waiting.push(bytes)
+    else flow.wait(bytes)
   }
 
   /** A datagram for the guest. */
