@@ -173,6 +173,8 @@ describe("The entropy device in a machine", () => {
             const program = GuestProgram.make(function*(cpu) {
               const serial = new SerialDriver()
               yield* serial.setUp(cpu)
+              // Before a device is told to write where the machine keeps its tables.
+              const acpi = GuestAcpi.find(cpu)
               const place = entropyPlace(cpu)
               yield* driveHostile(cpu, place, {
                 memoryAddress: QUEUE_ADDRESS,
@@ -184,7 +186,7 @@ describe("The entropy device in a machine", () => {
               const driver = yield* startVirtioMmio(cpu, place, { memoryAddress: QUEUE_ADDRESS })
               yield* driver.send(cpu, 0, [[{ address: DATA_ADDRESS, length: 77, writable: true }]])
               yield* serial.print(cpu, `${(yield* driver.receive(cpu, 0)).written} bytes\n`)
-              yield* GuestAcpi.powerOff(cpu)
+              yield* GuestAcpi.powerOff(cpu, acpi)
             })
             const { log } = yield* Effect.provide(runGuest(program), layerHost())
             assert.deepStrictEqual(log, ["the others live", "77 bytes"])
