@@ -30,6 +30,8 @@ export const BUFFER_SIZE = 0x4_0000
 export const BUFFER_SIZE_MAX = 0x40_0000
 /** How long after the host has shut down receiving a guest may not have heard of it, in milliseconds. */
 export const SHUTDOWN_LEEWAY_MILLIS = 1000
+/** Messages of no bytes, which cost no credit, that may wait to be read beyond one for each byte that waits. */
+export const EMPTY_MESSAGES_MAX = 1024
 /** The most bytes of data in a packet: what Linux accepts in one. */
 export const PACKET_DATA_MAX = 0x1_0000
 
@@ -92,6 +94,7 @@ export class VsockConnection {
   #received = 0
   #consumed = 0
   #reportedConsumed = 0
+  #reportedBufAlloc = BUFFER_SIZE
   /** What was received when the buffer grew last. */
   #receivedAtGrowth = 0
 
@@ -194,7 +197,8 @@ export class VsockConnection {
       this.#received = unsigned(this.#received + length)
       return this.#consume(length)
     }
-    if (this.#inbox.length + length > this.bufAlloc || this.#inbox.messages >= this.bufAlloc) return this.#force(true)
+    if (this.#inbox.length + length > this.bufAlloc) return this.#force(true)
+    if (length === 0 && this.#inbox.messages >= this.#inbox.length + EMPTY_MESSAGES_MAX) return this.#force(true)
     if (length > 0) data(this.#inbox.append(length))
     this.#received = unsigned(this.#received + length)
     if (this.type === "seqpacket" && (header.flags & VIRTIO_VSOCK_SEQ_EOM) !== 0) this.#inbox.endMessage()
@@ -207,7 +211,8 @@ export class VsockConnection {
     if (unsigned(fwdCnt - this.#peerFwdCnt) > inFlight) return false
     this.#peerFwdCnt = fwdCnt
     this.#peerBufAlloc = bufAlloc
-    this.#creditAsked = false
+    // Asked again while it has no room, a guest whose program does not read would be asked for ever.
+    if (this.#room > 0) this.#creditAsked = false
     if (this.#outbox.length > 0) this.#owner.attention(this, false)
     return true
   }
@@ -223,7 +228,10 @@ export class VsockConnection {
   #guestShuts(flags: number): void {
     const news = flags & ~this.#guestShut
     this.#guestShut |= flags
-    if ((news & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE) !== 0) this.#failWrites("BAD_STATE", "the guest receives no more")
+    if ((news & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE) !== 0) {
+      this.#failWrites("BAD_STATE", "the guest receives no more")
+      this.#wantShutdown()
+    }
     if ((news & VIRTIO_VSOCK_SHUTDOWN_F_SEND) !== 0) this.#wakeReader()
   }
 
@@ -252,6 +260,10 @@ export class VsockConnection {
       this.#control &= ~control
       if (op === Op.SHUTDOWN) this.#hostShutSent = this.#sendableShut
       this.#setHeader(header, op, op === Op.SHUTDOWN ? this.#hostShutSent : 0)
+      if (this.#hostShutSent === SHUTDOWN_BOTH && this.#state === "ReadWrite") {
+        this.#state = "ClientInitiatedShutdown"
+        this.#owner.closing(this)
+      }
       return 0
     }
     const write = this.#outbox.peek()
@@ -314,6 +326,7 @@ export class VsockConnection {
     header.set(this.local.cid, this.local.port, this.peer.cid, this.peer.port, type, op, flags)
     header.setCredit(this.bufAlloc, this.#consumed)
     this.#reportedConsumed = this.#consumed
+    this.#reportedBufAlloc = this.bufAlloc
   }
 
   // --- The host's side -----------------------------------------------------------------------------------------------------
@@ -458,12 +471,14 @@ export class VsockConnection {
     return new VsockError({ operation, status, detail, hostPort: this.local.port, guestPort: this.peer.port })
   }
 
-  /** Bytes were read, or need not be. Tells the guest of the room when that is at least half of its credit. */
+  /** Bytes were read, or need not be. Tells the guest of the room when that is half of its credit or more. */
   #consume(length: number): void {
     if (this.isOver || length === 0) return
     this.#consumed = unsigned(this.#consumed + length)
     if (this.#inbox.length === 0) this.#growBuffer()
-    if (unsigned(this.#consumed - this.#reportedConsumed) * 2 >= this.bufAlloc) this.#want(Control.CREDIT_UPDATE)
+    if (unsigned(this.#consumed - this.#reportedConsumed) * 2 >= this.#reportedBufAlloc) {
+      this.#want(Control.CREDIT_UPDATE)
+    }
   }
 
   /** A host that has read everything, of a guest that has sent as much as it may at a time, can have more in flight. */

@@ -91,6 +91,11 @@ export class VsockPorts {
     return undefined
   }
 
+  /** Lets all pairs go that are kept back. */
+  releaseQuarantined(): void {
+    while (this.quarantined > 0) this.#releaseOldest()
+  }
+
   #use(port: number): PortUse {
     const known = this.#uses.get(port)
     if (known !== undefined) return known

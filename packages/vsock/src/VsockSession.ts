@@ -108,6 +108,9 @@ export class VsockSession {
       },
       over: (connection, clean, reset) => this.#over(connection, clean, reset),
       closing: (connection) => {
+        if (this.#closing.length > 2 * this.size + QUEUE_SLACK) {
+          this.#closing.keep(({ connection }) => !connection.isOver)
+        }
         this.#closing.push({ connection, until: host.now() + CLOSE_TIMEOUT_MILLIS })
         host.closing()
       }
@@ -121,6 +124,11 @@ export class VsockSession {
       for (const connections of ports.values()) all.push(...connections.values())
     }
     return all
+  }
+
+  /** The number of entries for connections that wait for the guest's RST, or have. */
+  get closing(): number {
+    return this.#closing.length
   }
 
   /** Whether packets of the guest can be taken: each may need a RST as its answer. */
@@ -239,6 +247,8 @@ export class VsockSession {
   end(): void {
     this.#ended = true
     for (const connection of this.connections()) connection.lose()
+    // No packet of this driver's connections can come any more.
+    this.#host.hostPorts.releaseQuarantined()
     this.runTasks()
   }
 

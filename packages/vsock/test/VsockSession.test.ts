@@ -2,8 +2,14 @@
 import { assert, describe, it } from "@effect/vitest"
 import * as Exit from "effect/Exit"
 import * as fc from "fast-check"
-import { BUFFER_SIZE, BUFFER_SIZE_MAX } from "../src/VsockConnection.ts"
-import { HEADER_SIZE, Op, SHUTDOWN_BOTH, VIRTIO_VSOCK_SHUTDOWN_F_SEND } from "../src/VsockPacket.ts"
+import { BUFFER_SIZE, BUFFER_SIZE_MAX, EMPTY_MESSAGES_MAX } from "../src/VsockConnection.ts"
+import {
+  HEADER_SIZE,
+  Op,
+  SHUTDOWN_BOTH,
+  VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE,
+  VIRTIO_VSOCK_SHUTDOWN_F_SEND
+} from "../src/VsockPacket.ts"
 import { EPHEMERAL_PORT_FIRST, QUARANTINE_MILLIS } from "../src/VsockPorts.ts"
 import { CLOSE_TIMEOUT_MILLIS } from "../src/VsockSession.ts"
 import { SessionGuest } from "./SessionGuest.ts"
@@ -100,6 +106,69 @@ describe("The end of a connection", () => {
   })
 })
 
+describe("A host that shuts down both directions", () => {
+  it("has closed the connection: the guest's RST is its end, in good order", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open()
+    connection.shutdown("send")
+    connection.shutdown("receive")
+    assert.deepInclude(guest.receive().at(-1), { op: Op.SHUTDOWN, flags: SHUTDOWN_BOTH })
+    guest.send({ op: Op.RST })
+    assert.isTrue(connection.isOver)
+    assert.strictEqual(connection.end, "ended")
+    guest.open()
+  })
+
+  it("waits for a silent guest no longer than one that closes", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open()
+    connection.shutdown("receive")
+    connection.write(text("last"), () => {})
+    connection.shutdown("send")
+    assert.deepStrictEqual(ops(guest.receive()), [Op.SHUTDOWN, Op.RW, Op.SHUTDOWN])
+    guest.time += CLOSE_TIMEOUT_MILLIS
+    guest.session.turn(() => guest.session.expire())
+    assert.isTrue(connection.isOver)
+    assert.deepStrictEqual(ops(guest.receive()), [Op.RST])
+  })
+
+  it("says so although the guest does not take what was still to be sent", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open({ bufAlloc: 0 })
+    connection.write(text("never sent"), () => {})
+    connection.shutdown("send")
+    guest.receive()
+    guest.send({ op: Op.SHUTDOWN, flags: VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, bufAlloc: 0 })
+    assert.deepInclude(guest.receive()[0], { op: Op.SHUTDOWN, flags: VIRTIO_VSOCK_SHUTDOWN_F_SEND })
+  })
+})
+
+describe("What is over", () => {
+  it("is not kept for the time that a guest may take to answer", () => {
+    const guest = new SessionGuest()
+    const waiting = guest.open({ srcPort: 999 })
+    waiting.close()
+    guest.receive()
+    for (let i = 0; i < 1000; i++) {
+      const connection = guest.open()
+      connection.close()
+      guest.receive()
+      guest.send({ op: Op.RST })
+      guest.arrived.length = 0
+    }
+    assert.isAtMost(guest.session.closing, 100)
+    assert.strictEqual(guest.session.size, 1)
+  })
+
+  it("keeps no ports back for the next driver, who sends no packets of old connections", () => {
+    const guest = new SessionGuest()
+    guest.open().reset()
+    guest.session.end()
+    assert.strictEqual(guest.hostPorts.quarantined, 0)
+    assert.isTrue(guest.hostPorts.addConnection(1, 1000, guest.time))
+  })
+})
+
 describe("A connection that the host asks for", () => {
   it("has a port of its own, and is open when the guest answers", () => {
     const guest = new SessionGuest()
@@ -144,6 +213,23 @@ describe("Credit", () => {
     // It says that it has read more than was sent.
     guest.send({ op: Op.CREDIT_UPDATE, bufAlloc: 10, fwdCnt: 26 })
     assert.strictEqual(connection.end, "reset")
+  })
+})
+
+describe("A guest that has no room", () => {
+  it("is asked for credit once, however often it says that it has none", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open({ bufAlloc: 10 })
+    connection.write(new Uint8Array(25), () => {})
+    assert.deepStrictEqual(ops(guest.receive()), [Op.RW, Op.CREDIT_REQUEST])
+    for (let answers = 0; answers < 3; answers++) {
+      guest.send({ op: Op.CREDIT_UPDATE, bufAlloc: 10, fwdCnt: 0 })
+      assert.deepStrictEqual(guest.receive(), [])
+    }
+    guest.send({ op: Op.CREDIT_UPDATE, bufAlloc: 10, fwdCnt: 10 })
+    assert.deepStrictEqual(ops(guest.receive()), [Op.RW, Op.CREDIT_REQUEST])
+    guest.send({ op: Op.CREDIT_UPDATE, bufAlloc: 10, fwdCnt: 15 })
+    assert.deepStrictEqual(ops(guest.receive()), [Op.RW])
   })
 })
 
@@ -221,6 +307,16 @@ describe("Messages", () => {
         assert.strictEqual(connection.unread, 0)
       }
     ))
+  })
+
+  it("of no bytes cost no credit, so there is a bound on how many may wait", () => {
+    const guest = new SessionGuest()
+    const connection = guest.open({ type: 2 })
+    guest.send({ op: Op.RW, type: 2, flags: 1, data: text("a") })
+    for (let i = 0; i < EMPTY_MESSAGES_MAX; i++) guest.send({ op: Op.RW, type: 2, flags: 1 })
+    assert.strictEqual(connection.end, "open")
+    guest.send({ op: Op.RW, type: 2, flags: 1 })
+    assert.strictEqual(connection.end, "reset")
   })
 
   it("of the host end where its writes do", () => {
