@@ -142,6 +142,62 @@ const BENCHES: ReadonlyArray<Bench> = [
     run: async (effort) => one((await import("./rows/Vsock.ts")).loop(effort))
   },
   {
+    name: "block-randread-qd1",
+    about: "random reads and writes of 4 KiB, one at a time, beside QEMU",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Block.ts")).randomDepth1(effort))
+  },
+  {
+    name: "block-randread-qd32",
+    about: "random reads and writes of 4 KiB, 32 at a time, beside QEMU",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Block.ts")).randomDepth32(effort))
+  },
+  {
+    name: "block-seq",
+    about: "reads and writes of 1 MiB one after the other, beside QEMU",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Block.ts")).sequential(effort))
+  },
+  {
+    name: "kicks-per-request",
+    about: "kicks and interrupts for a request of a disk under load",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Block.ts")).kicksPerRequest(effort))
+  },
+  {
+    name: "net-throughput",
+    about: "TCP frames of 64 KiB from a guest to a TAP interface, beside QEMU",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Net.ts")).throughput(effort))
+  },
+  {
+    name: "net-send",
+    about: "frames of Ethernet's size from a guest to a TAP interface, beside QEMU",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Net.ts")).send(effort))
+  },
+  {
+    name: "net-receive",
+    about: "frames from a process of the host to a guest, beside QEMU",
+    needs: "kvm",
+    quick: false,
+    run: async (effort) => one((await import("./rows/Net.ts")).receive(effort))
+  },
+  {
+    name: "net-rtt",
+    about: "round trip of a datagram from the host to the guest's echo, beside QEMU",
+    needs: "kvm",
+    quick: true,
+    run: async (effort) => one((await import("./rows/Net.ts")).roundTrip(effort))
+  },
+  {
     name: "fake-lifecycles",
     about: "lifecycles on the fake for each second of processor time",
     needs: undefined,
