@@ -114,6 +114,11 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("pluggable memory"), () => {
         assert.isAtLeast(residentBytes() - before, 7 * BLOCK)
         yield* memory.unplug(1, 7)
         assert.isAtMost(residentBytes() - before, 2 * BLOCK)
+        // A request that had begun before writes late. That goes back as well, as soon as anything changes.
+        memory.region.bytes.fill(9, BLOCK)
+        assert.isAtLeast(residentBytes() - before, 7 * BLOCK)
+        yield* memory.plug(7, 1)
+        assert.isAtMost(residentBytes() - before, 2 * BLOCK)
         memory.region.bytes.fill(9, BLOCK, 2 * BLOCK)
         yield* memory.plug(1, 1)
         assert.strictEqual(memory.region.bytes[BLOCK], 0)

@@ -3,19 +3,22 @@ import { assert, describe, it } from "@effect/vitest"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
 import { MachinePolicy } from "@troupe/core/MachinePolicy"
-import type { MemController } from "@troupe/core/MemController"
+import { MemController } from "@troupe/core/MemController"
 import { FakeHypervisor, FaultPlan, GuestAcpi, GuestProgram, Simulation } from "@troupe/core/testing"
 import { startVirtioMmio, VirtioMmio, type VirtioMmioDriver } from "@troupe/core/testing/drivers/VirtioMmioDriver"
 import type { GuestCpu, GuestRoutine } from "@troupe/core/testing/GuestCpu"
+import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
 import * as References from "effect/References"
 import * as Stream from "effect/Stream"
 import * as fc from "fast-check"
-import { layerMem, MemBlockState, MemConfig, MemRequest, MemResponse } from "../src/Mem.ts"
+import { layerMem, makeMem, MemBlockState, MemConfig, memPolicy, MemRequest, MemResponse } from "../src/Mem.ts"
 import { layerPower } from "../src/Power.ts"
 import { layerSerial } from "../src/Serial.ts"
+import type { VirtioDevice } from "../src/virtio/VirtioDevice.ts"
+import { virtioOn } from "../src/virtio/VirtioTransport.ts"
 
 const QUEUE_ADDRESS = 0x18_0000
 const REQUEST_ADDRESS = 0x1a_0000
@@ -25,10 +28,10 @@ const BLOCKS = 16
 const REGION = BLOCK * BLOCKS
 const FEATURES = { low: 2, high: 0 }
 
-const layerHost = (faults: FaultPlan.FaultPlan = FaultPlan.none) =>
+const layerHost = (faults: FaultPlan.FaultPlan = FaultPlan.none, device = layerMem) =>
   GuestLifecycle.layer.pipe(
     Layer.provide(
-      layerMem.pipe(Layer.provide(layerPower), Layer.provide(layerSerial), Layer.provide(DeviceCatalog.layerEmpty))
+      device.pipe(Layer.provide(layerPower), Layer.provide(layerSerial), Layer.provide(DeviceCatalog.layerEmpty))
     ),
     Layer.provideMerge(FakeHypervisor.layer({ faults }))
   )
@@ -286,6 +289,64 @@ describe("The memory device", () => {
         )
       ),
       20
+    )
+  })
+
+  it("is started again when it fails in the middle of a request, and what is plugged then is what it says", () => {
+    Simulation.explore(
+      Effect.suspend(() => {
+        let breaks = false
+        /** The device, until it breaks. */
+        const layerBreaking = DeviceCatalog.layerAdd(Effect.succeed({
+          provides: "virtioMem" as const,
+          devices: Effect.fnUntraced(function*(config) {
+            const { controller, device } = yield* makeMem(BLOCK, REGION)
+            const start: VirtioDevice["start"] = (context) =>
+              Effect.map(device.start(context), (behaviour) => ({
+                activate: (driver) => behaviour.activate(driver),
+                reset: () => behaviour.reset(),
+                signal: (number) => behaviour.signal?.(number) ?? false,
+                ...(behaviour.run === undefined ? {} : { run: behaviour.run }),
+                notify: (queue) => {
+                  const more = behaviour.notify(queue)
+                  if (breaks) throw new Error("broken, as it was told")
+                  return more
+                }
+              }))
+            return [virtioOn(config, { ...device, start }, {
+              name: "mem0",
+              policy: memPolicy,
+              services: Context.make(MemController, controller),
+              pluggableMemory: { size: REGION, blockSize: BLOCK, alignment: BLOCK }
+            })]
+          })
+        }))
+        return runGuest(function*(cpu) {
+          const first = yield* start(cpu)
+          const base = yield* config(cpu, "addr")
+          assert.strictEqual((yield* ask(cpu, first, MemRequest.PLUG, base, 2)).type, MemResponse.ACK)
+          yield* cpu.store(base, 4, 77)
+          breaks = true
+          putRequest(cpu, MemRequest.PLUG, base + 4 * BLOCK, 4)
+          yield* first.send(cpu, 0, CHAIN)
+          while (((yield* first.status(cpu)) & 64) === 0) yield* cpu.sleep("10 millis")
+          breaks = false
+          const second = yield* start(cpu)
+          const plugged = [0, 1]
+          for (const block of [4, 5, 6, 7]) {
+            const { state } = yield* ask(cpu, second, MemRequest.STATE, base + block * BLOCK, 1)
+            if (state === MemBlockState.PLUGGED) plugged.push(block)
+          }
+          assert.strictEqual(yield* config(cpu, "plugged_size"), plugged.length * BLOCK)
+          yield* checkBlocks(cpu, base, new Map(plugged.map((block) => [block, block === 0 ? 77 : 0])))
+          assert.strictEqual((yield* ask(cpu, second, MemRequest.UNPLUG_ALL)).type, MemResponse.ACK)
+          yield* checkBlocks(cpu, base, new Map())
+        }, (controller) => controller.requestSize(REGION)).pipe(
+          Effect.provide(layerHost(FaultPlan.none, layerBreaking)),
+          Effect.provideService(References.MinimumLogLevel, "None")
+        )
+      }),
+      40
     )
   })
 

@@ -17,6 +17,9 @@ import type * as Scope from "effect/Scope"
 import { Ffi, MADV_DONTNEED, type Mapping } from "../Ffi.ts"
 import { kvmError } from "./KvmError.ts"
 
+/** Runs of unplugged blocks that are looked after at each change: a microsecond each. */
+const SWEEP_RUNS_MAX = 64
+
 /** What the machine's slots offer: `count` slots whose numbers belong to the caller. */
 export interface SlotRange {
   /** Has slot `index` show `size` bytes of the process at `hostAddress`, or nothing when `size` is 0. */
@@ -102,6 +105,23 @@ export const pluggableSlots = (
           })
       )
 
+    let swept = 0
+    /**
+     * Gives back once more what is not plugged, a part of the region at a time: requests of the host's devices that had begun
+     * before a block was unplugged may have written there since. So a guest cannot have more memory than it has plugged, and
+     * what such requests hold.
+     */
+    const sweep = (): void => {
+      for (let runs = 0, looked = 0; runs < SWEEP_RUNS_MAX && looked < count; runs++) {
+        let end = swept
+        while (end < count && !blocks.isPlugged(end)) end++
+        if (end > swept) giveBack(swept * blockSize, (end - swept) * blockSize)
+        while (end < count && blocks.isPlugged(end)) end++
+        looked += end - swept
+        swept = end === count ? 0 : end
+      }
+    }
+
     const changeAll = (plugged: boolean) =>
       Effect.fnUntraced(function*(first: number, length: number) {
         if (!Number.isInteger(first) || first < 0 || !(length >= 0) || first + length > count) {
@@ -128,6 +148,7 @@ export const pluggableSlots = (
             if (!plugged) {
               forRuns(blocks, first, length, false, giveBack)
             }
+            sweep()
           }))
       })
 
