@@ -57,9 +57,9 @@ export class BlockBackendError extends Schema.TaggedError<BlockBackendError>()("
   /** Why, in a sentence. */
   detail: Schema.String,
   /** First byte of the range in question. */
-  offset: Schema.optionalKey(Schema.Number),
+  offset: Schema.optionalKey(Schema.Finite),
   /** Length of the range in bytes. */
-  length: Schema.optionalKey(Schema.Number),
+  length: Schema.optionalKey(Schema.Finite),
   /** What to do about it. */
   hint: Schema.optionalKey(Schema.String)
 }) {

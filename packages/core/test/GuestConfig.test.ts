@@ -1,4 +1,6 @@
+import { blockClientFromBytes } from "@troupe/core/BlockClient"
 import {
+  BLOCK_BACKING_MAX,
   CPUS_MAX,
   decodeGuestConfig,
   DEFAULT_NET,
@@ -161,6 +163,31 @@ describe("GuestConfig", () => {
       "defaultNet"
     ])
     assert.deepStrictEqual(netSpecs(decoded({ ...minimal, defaultNet: true })), [DEFAULT_NET])
+  })
+
+  it("checks disks: names, what goes with what, how deep images are", () => {
+    const client = blockClientFromBytes("memory", new Uint8Array(512))
+    const disk = (more: object = {}) => ({ id: "disk", mode: "READ_WRITE", format: "FILE", client, ...more })
+    const fields = (...disks: ReadonlyArray<object>) =>
+      issuesOf({ ...minimal, blockDevices: disks }).map(({ field }) => field)
+    assert.strictEqual(decoded({ ...minimal, blockDevices: [disk()] }).blockDevices.length, 1)
+    assert.deepStrictEqual(fields(disk(), disk(), disk({ id: "other" })), ["blockDevices[1].id"])
+    assert.deepStrictEqual(fields(disk({ id: "" }), disk({ id: "x".repeat(21) }), disk({ id: "\u00e9" })), [
+      "blockDevices[0].id",
+      "blockDevices[1].id",
+      "blockDevices[2].id"
+    ])
+    assert.deepStrictEqual(fields(disk({ client: "disk.img" })), ["blockDevices[0].client"])
+    assert.deepStrictEqual(fields(disk({ volatileLimit: 1 })), ["blockDevices[0].volatileLimit"])
+    const backing = (depth: number): object =>
+      depth === 0 ? { client, format: "FILE" } : { client, format: "QCOW", backing: backing(depth - 1) }
+    assert.deepStrictEqual(fields(disk({ backing: backing(0) })), ["blockDevices[0].backing"])
+    assert.deepStrictEqual(fields(disk({ format: "QCOW", backing: { client, format: "FILE", backing: backing(0) } })), [
+      "blockDevices[0].backing.backing"
+    ])
+    const deep = (depth: number) => ({ ...minimal, blockDevices: [disk({ format: "QCOW", backing: backing(depth) })] })
+    assert.strictEqual(decoded(deep(BLOCK_BACKING_MAX - 1)).blockDevices.length, 1)
+    assert.deepStrictEqual(issuesOf(deep(BLOCK_BACKING_MAX)).map(({ field }) => field), ["blockDevices[0].backing"])
   })
 
   it("never throws, whatever it is given", () => {

@@ -4,14 +4,19 @@
  */
 import type * as Koffi from "koffi"
 import assert from "node:assert/strict"
-import { readFileSync } from "node:fs"
+import { readFileSync, readSync, writeSync } from "node:fs"
 import { createRequire } from "node:module"
 import { Worker } from "node:worker_threads"
 import {
   EFD_NONBLOCK,
   ErrnoNumber,
+  FALLOC_FL_KEEP_SIZE,
+  FALLOC_FL_PUNCH_HOLE,
   type ForeignFunctions,
   type ForeignFunctionsName,
+  LOCK_EX,
+  LOCK_NB,
+  LOCK_SH,
   MADV_DONTNEED,
   MAP_ANONYMOUS,
   MAP_PRIVATE,
@@ -24,7 +29,8 @@ import {
   POLL_WRITABLE,
   type PollHandle,
   PROT_READ,
-  PROT_WRITE
+  PROT_WRITE,
+  RWF_NOWAIT
 } from "../../src/internal/ForeignFunctions.ts"
 import { loadForeignFunctions } from "../../src/internal/loadForeignFunctions.ts"
 import { ForeignView, map, Mapping, UseAfterUnmap } from "../../src/internal/Mapping.ts"
@@ -293,6 +299,45 @@ export const contract: ReadonlyArray<Check> = [
       assert.equal(await worker, 0)
       assert.equal(words[0], 2 * rounds)
       assert.equal(mapping.unmap(), 0)
+    }
+  },
+  {
+    name: "a vectored read gets what there is, at its offset, or says that it would have to wait",
+    run: (c) => {
+      const fd = ok(c.memfdCreate("contract", 0))
+      assert.equal(c.ftruncate(fd, PAGE), 0)
+      writeSync(fd, Uint8Array.of(1, 2, 3, 4, 5, 6, 7, 8), 0, 8, 0)
+      const target = new Uint8Array(new ArrayBuffer(16)).fill(9)
+      const vectors = new BigUint64Array(new ArrayBuffer(32))
+      const address = c.addressOf(target)
+      vectors.set([address, 2n, address + 8n, 3n])
+      assert.equal(c.preadv2(fd, c.addressOf(vectors), 2, 1, 0), 5)
+      assert.deepEqual([...target], [2, 3, 9, 9, 9, 9, 9, 9, 4, 5, 6, 9, 9, 9, 9, 9])
+      // A file in memory may not know the wish not to wait.
+      const now = c.preadv2(fd, c.addressOf(vectors), 2, 0, RWF_NOWAIT)
+      assert.ok(now === 5 || now === -ErrnoNumber.ENOTSUP || now === -ErrnoNumber.EAGAIN, String(now))
+      assert.equal(c.preadv2(fd, c.addressOf(vectors), 2, PAGE, 0), 0)
+      assert.equal(c.close(fd), 0)
+      assert.equal(c.preadv2(fd, c.addressOf(vectors), 2, 0, 0), -ErrnoNumber.EBADF)
+    }
+  },
+  {
+    name: "room of a file is given up, and a file is locked for one descriptor",
+    run: (c) => {
+      const fd = ok(c.memfdCreate("contract", 0))
+      assert.equal(c.ftruncate(fd, 2 * PAGE), 0)
+      writeSync(fd, new Uint8Array(2 * PAGE).fill(1), 0, 2 * PAGE, 0)
+      assert.equal(c.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, PAGE, PAGE), 0)
+      const bytes = new Uint8Array(2 * PAGE)
+      assert.equal(readSync(fd, bytes, 0, 2 * PAGE, 0), 2 * PAGE)
+      assert.deepEqual([bytes[PAGE - 1], bytes[PAGE]], [1, 0])
+      assert.equal(c.fallocate(fd, FALLOC_FL_PUNCH_HOLE, 0, PAGE), -ErrnoNumber.ENOTSUP)
+      assert.equal(c.flock(fd, LOCK_EX | LOCK_NB), 0)
+      const other = ok(c.open(`/proc/self/fd/${fd}`, O_RDWR))
+      assert.equal(c.flock(other, LOCK_SH | LOCK_NB), -ErrnoNumber.EAGAIN)
+      assert.equal(c.close(fd), 0)
+      assert.equal(c.flock(other, LOCK_SH | LOCK_NB), 0)
+      assert.equal(c.close(other), 0)
     }
   },
   {
