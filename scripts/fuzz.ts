@@ -1,6 +1,12 @@
 // `npm run fuzz`: hostile drivers against every virtio device, as many as wanted. The same seed does the same.
 import { parseArgs } from "node:util"
-import { CASE_HEAP_MAX, hostileStatistics, TURN_BYTES_MAX, TURN_CHAINS_MAX } from "../test/fake/hostile/HostileRig.ts"
+import {
+  CASE_HEAP_MAX,
+  hostileStatistics,
+  TURN_BYTES_MAX,
+  TURN_CHAINS_MAX,
+  TURN_STEPS_MAX
+} from "../test/fake/hostile/HostileRig.ts"
 import { describeFailure, HOSTILE_DEVICES, playCases } from "../test/fake/hostile/HostileRun.ts"
 
 const DEFAULT_CASES = 1_000_000
@@ -101,7 +107,8 @@ for (let slice = 0; !isInterrupted() && devices.some((_, i) => slice * SLICE < (
 }
 if (terminal) process.stderr.write("\r\x1b[K")
 const seconds = (performance.now() - begun) / 1000
-const { chains, longestTurn, mostBytes, mostChains, mostHeap, needsReset, turns } = hostileStatistics
+const { chains, longest, longestTurn, mostBytes, mostChains, mostHeap, mostSteps, needsReset, turns } =
+  hostileStatistics
 process.stdout.write(
   `${played.toLocaleString("en-US")} cases of ${devices.join(", ")} from seed ${seed} in ${seconds.toFixed(0)} s` +
     `${isInterrupted() ? ", interrupted" : ""}: ${
@@ -109,7 +116,8 @@ process.stdout.write(
     }.\n` +
     `${turns.toLocaleString("en-US")} turns, ${chains.toLocaleString("en-US")} chains taken, ` +
     `${needsReset.toLocaleString("en-US")} cases that ended with a device in need of a reset.\n` +
-    `The most of a turn: ${mostChains} chains (of ${TURN_CHAINS_MAX}), ${mostBytes} bytes copied (of ${TURN_BYTES_MAX}), ` +
-    `${longestTurn.toFixed(1)} ms; the most of a case: ${mostHeap} bytes allocated (of ${CASE_HEAP_MAX}).\n`
+    `The most of a turn: ${mostChains} chains (of ${TURN_CHAINS_MAX}), ${mostSteps} steps (of ${TURN_STEPS_MAX}), ` +
+    `${mostBytes} bytes copied (of ${TURN_BYTES_MAX}), ${longestTurn.toFixed(1)} ms (${longest}); ` +
+    `the most of a case: ${mostHeap} bytes allocated (of ${CASE_HEAP_MAX}).\n`
 )
 process.exitCode = failures > 0 ? 1 : isInterrupted() ? 130 : 0

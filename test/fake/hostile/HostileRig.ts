@@ -57,8 +57,10 @@ export const TURN_BYTES_MAX = 0x200_0000
 export const CASE_HEAP_MAX = 0x180_0000
 /** Bytes that may be allocated for each byte that the device copied: what goes to the host's streams does not stay. */
 const HEAP_PER_BYTE = 4
-/** Rounds of work after which a device must have come to rest, or out of a reset. */
-const ROUNDS_MAX = 4000
+/** Rounds of work after which a device must have answered a correct driver, and come to rest. */
+const ROUNDS_MAX = 1000
+/** Rounds that a device gets for what a script has left to do. */
+const ROUNDS_AFTER = 200
 /** Tasks of the simulation that a round may take. */
 const TASKS_PER_ROUND = 10_000
 
@@ -106,6 +108,8 @@ export const hostileStatistics = {
   longestTurn: 0,
   mostChains: 0,
   mostBytes: 0,
+  mostSteps: 0,
+  longest: "",
   mostHeap: 0,
   turns: 0,
   chains: 0,
@@ -130,7 +134,12 @@ const watched = (device: Device, crash: (cause: unknown) => never): Device => {
     statistics.turns++
     statistics.chains += turn.chains
     statistics.bytes += turn.bytes
-    statistics.longestTurn = Math.max(statistics.longestTurn, performance.now() - begun)
+    const duration = performance.now() - begun
+    if (duration > statistics.longestTurn) {
+      statistics.longestTurn = duration
+      statistics.longest = `${what} of ${device.name}`
+    }
+    statistics.mostSteps = Math.max(statistics.mostSteps, turn.steps)
     statistics.mostChains = Math.max(statistics.mostChains, turn.chains)
     statistics.mostBytes = Math.max(statistics.mostBytes, turn.bytes)
     if (turn.chains > TURN_CHAINS_MAX || turn.steps > TURN_STEPS_MAX || turn.bytes > TURN_BYTES_MAX) {
@@ -250,7 +259,7 @@ export class HostileRig {
       this.#attempt("the script", () => runRoutine(playHostile(this.#cpu, this.#stage, script)))
       race = undefined
       this.subject.calm()
-      this.#attempt("coming to rest", () => this.#rest())
+      this.#attempt("the work that was left", () => this.#goOn())
       this.#attempt("the state", () => this.#legal())
       this.#attempt("the neighbour", () => runRoutine(this.#neighbourWorks()))
       this.#attempt("a correct driver afterwards", () => runRoutine(this.#works()))
@@ -280,10 +289,11 @@ export class HostileRig {
     for (let round = 0; round < ROUNDS_MAX; round++) {
       this.#round(round > 4)
       const used = this.#driver.queue(queue).poll()
-      if (used?.head === head) {
-        yield* this.#driver.reset(this.#cpu)
-        return
-      }
+      if (used?.head !== head) continue
+      this.#rest()
+      yield* this.#driver.reset(this.#cpu)
+      this.#rest()
+      return
     }
     throw new HostileFinding(
       `the device does not answer a correct driver, status ${yield* this.#driver.status(this.#cpu)}`
@@ -310,6 +320,12 @@ export class HostileRig {
     if ((status & DEVICE_NEEDS_RESET) !== 0) hostileStatistics.needsReset++
   }
 
+  /** Some of what a script has left to do: there may be hours of it, and a reset must end them. */
+  #goOn(): void {
+    for (let round = 0; round < ROUNDS_AFTER && !this.one.atRest; round++) this.#round(round > 4)
+  }
+
+  /** Nothing is left to do. */
   #rest(): void {
     for (let round = 0; round < ROUNDS_MAX; round++) {
       if (this.one.atRest) return
