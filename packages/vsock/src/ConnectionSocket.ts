@@ -3,6 +3,7 @@ import type { VsockAddress, VsockError, VsockSocket, VsockType } from "@troupe/c
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
+import type * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
 import type { VsockConnection } from "./VsockConnection.ts"
 
@@ -81,14 +82,22 @@ export const awaitOver = (connection: VsockConnection): Effect.Effect<void> =>
     return Effect.sync(takeBack)
   })
 
-/** Moves data both ways between two connections until both have ended in good order. */
-export const join = (a: VsockSocket, b: VsockSocket): Effect.Effect<void, VsockError> => {
-  const move = (from: VsockSocket, to: VsockSocket): Effect.Effect<void, VsockError> =>
+/**
+ * Moves data both ways between two connections until both have ended sending. An end that is closed receives no more, and the
+ * other one is told so. Fails when one is reset.
+ */
+export const join = (a: VsockSocket, b: VsockSocket): Effect.Effect<void, VsockError, Scope.Scope> => {
+  const move = (from: VsockSocket, to: VsockSocket): Effect.Effect<void, VsockError, Scope.Scope> =>
     Effect.suspend(() =>
       Effect.flatMap(
         from.read,
-        (bytes) => bytes === undefined ? to.shutdown("send") : Effect.andThen(to.write(bytes), move(from, to))
+        (bytes) => bytes === undefined ? ended(from, to) : Effect.andThen(to.write(bytes), move(from, to))
       )
+    )
+  const ended = (from: VsockSocket, to: VsockSocket): Effect.Effect<void, never, Scope.Scope> =>
+    Effect.andThen(
+      to.shutdown("send"),
+      Effect.asVoid(Effect.forkScoped(Effect.andThen(from.closed, to.shutdown("receive"))))
     )
   return Effect.asVoid(Effect.all([move(a, b), move(b, a)], { concurrency: 2 }))
 }

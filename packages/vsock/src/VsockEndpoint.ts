@@ -56,6 +56,7 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
   const arrivals = yield* Queue.unbounded<VsockConnection>()
   let session: VsockSession | undefined
   let sessionWaiters: Array<() => void> = []
+  let isGone = false
   let tellTransportReset = () => {}
   let connector: HostVsockConnector = { reaches: () => false, connect: () => Effect.die(new Error("not joined")) }
 
@@ -176,8 +177,9 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
 
   // --- Connections of the host ------------------------------------------------------------------------------------------------
 
-  const awaitSession: Effect.Effect<VsockSession> = Effect.suspend(() => {
-    if (session !== undefined) return Effect.succeed(session)
+  /** The session of the driver, when it is ready. `undefined` when the machine is gone. */
+  const awaitSession: Effect.Effect<VsockSession | undefined> = Effect.suspend(() => {
+    if (session !== undefined || isGone) return Effect.succeed(session)
     return Effect.callback<void>((resume) => {
       const wake = () => resume(Effect.void)
       sessionWaiters.push(wake)
@@ -186,6 +188,18 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
       })
     }).pipe(Effect.andThen(awaitSession))
   })
+
+  const wakeSessionWaiters = (): void => {
+    const waiters = sessionWaiters
+    sessionWaiters = []
+    for (const wake of waiters) wake()
+  }
+  yield* Effect.addFinalizer(() =>
+    Effect.sync(() => {
+      isGone = true
+      wakeSessionWaiters()
+    })
+  )
 
   const connect = (
     operation: string,
@@ -205,26 +219,38 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
         })
       )
     if (!isPort(guestPort)) return fail("INVALID_ARGS", "a port is from 0 to 4294967295")
-    const opened = Effect.flatMap(awaitSession, (session) => {
-      const connection = session.connect(type, localCid, localPort, guestPort)
-      switch (connection) {
-        case "NO_RESOURCES":
-          return fail("NO_RESOURCES", "there is no unused host port, or there are too many connections")
-        case "ALREADY_EXISTS":
-          return fail("ALREADY_EXISTS", "these ports are connected, or were until a moment ago")
-        case "CONNECTION_REFUSED":
-          return fail("CONNECTION_REFUSED", `the guest's driver has no ${type} connections`)
-        default:
-          return Effect.callback<VsockConnection, VsockError>((resume) => {
-            connection.ask((exit) => resume(Exit.map(exit, () => connection)))
-            return Effect.sync(() => connection.close())
-          })
+    return Effect.uninterruptibleMask((restore) => {
+      let mine: VsockConnection | undefined
+      const open = (session: VsockSession): Effect.Effect<VsockConnection, VsockError> => {
+        const connection = session.connect(type, localCid, localPort, guestPort)
+        switch (connection) {
+          case "NO_RESOURCES":
+            return fail("NO_RESOURCES", "there is no unused host port, or there are too many connections")
+          case "ALREADY_EXISTS":
+            return fail("ALREADY_EXISTS", "these ports are connected, or were until a moment ago")
+          case "CONNECTION_REFUSED":
+            return fail("CONNECTION_REFUSED", `the guest's driver has no ${type} connections`)
+        }
+        mine = connection
+        return Effect.callback((resume) => {
+          connection.ask((exit) => resume(Exit.map(exit, () => connection)))
+        })
       }
+      const opened = Effect.flatMap(
+        awaitSession,
+        (session) => session === undefined ? fail("CONNECTION_REFUSED", "the machine is gone") : open(session)
+      )
+      return restore(opened).pipe(
+        Effect.onExit((exit) => Effect.sync(() => Exit.isFailure(exit) ? mine?.close() : undefined)),
+        Effect.tap((connection) =>
+          Effect.addFinalizer((exit) =>
+            // Cut off, where its user has failed: the guest must not take what it has for all there is.
+            Effect.sync(() => Exit.isSuccess(exit) ? connection.close() : connection.reset())
+          )
+        ),
+        Effect.map((connection) => new ConnectionSocket(connection))
+      )
     })
-    return Effect.map(
-      Effect.acquireRelease(opened, (connection) => Effect.sync(() => connection.close()), { interruptible: true }),
-      (connection) => new ConnectionSocket(connection)
-    )
   }
 
   const guest: GuestVsockEndpoint = {
@@ -265,10 +291,7 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
     },
     attach: (present) => {
       session = present
-      if (present === undefined) return
-      const waiters = sessionWaiters
-      sessionWaiters = []
-      for (const wake of waiters) wake()
+      if (present !== undefined) wakeSessionWaiters()
     },
     onTransportReset: (tell) => {
       tellTransportReset = tell

@@ -1,8 +1,9 @@
 /** The endpoint of a machine as its host uses it: listeners, connections, ends, and guests that talk to each other. */
 import { assert, describe, it } from "@effect/vitest"
-import type { VsockSocket } from "@troupe/core/HostVsockEndpoint"
+import type { HostVsockEndpoint, VsockSocket } from "@troupe/core/HostVsockEndpoint"
 import { VsockRefused } from "@troupe/core/HostVsockEndpoint"
-import { VsockStream } from "@troupe/core/testing/drivers/VsockDriver"
+import { type VsockDriver, VsockStream } from "@troupe/core/testing/drivers/VsockDriver"
+import type { GuestCpu, GuestRoutine } from "@troupe/core/testing/GuestCpu"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
@@ -196,6 +197,26 @@ describe("Connecting", () => {
     })))
 })
 
+describe("A machine that is gone", () => {
+  it.effect("refuses those who wait for its driver, and those who come later", () =>
+    Effect.gen(function*() {
+      let kept: HostVsockEndpoint["Service"] | undefined
+      let waiting: Fiber.Fiber<unknown, unknown> | undefined
+      yield* alone(Effect.gen(function*() {
+        const { endpoint } = yield* create(idle)
+        kept = endpoint
+        waiting = yield* Effect.forkDetach(Effect.scoped(Effect.flip(endpoint.connect2(80))))
+        yield* Effect.yieldNow
+      }))
+      assert.deepInclude(yield* Fiber.join(waiting ?? (yield* Effect.die("nobody waits"))), {
+        status: "CONNECTION_REFUSED"
+      })
+      if (kept !== undefined) {
+        assert.deepInclude(yield* Effect.scoped(Effect.flip(kept.connect2(80))), { status: "CONNECTION_REFUSED" })
+      }
+    }))
+})
+
 describe("Guests of one manager", () => {
   const server = guestOf(function*(cpu, vsock) {
     const stream = yield* VsockStream.accept(cpu, vsock, 80)
@@ -242,5 +263,63 @@ describe("Guests of one manager", () => {
   it.effect("are refused when it does not", () =>
     Effect.gen(function*() {
       assert.strictEqual(yield* two(false), "refused")
+    }))
+
+  /** What the server hears of a client that does this after they have spoken. */
+  const heard = (end: (cpu: GuestCpu, stream: VsockStream, vsock: VsockDriver) => GuestRoutine) =>
+    Effect.gen(function*() {
+      const manager = yield* VsockManager
+      const ops: Array<string> = []
+      const listener = guestOf(function*(cpu, vsock) {
+        const request = yield* vsock.receive(cpu)
+        const answer = (op: number) =>
+          vsock.send(cpu, {
+            op,
+            srcPort: request.dstPort,
+            dstPort: request.srcPort,
+            dstCid: request.srcCid,
+            bufAlloc: 1000
+          })
+        yield* answer(2)
+        for (;;) {
+          const { data, flags, op } = yield* vsock.receive(cpu)
+          if (op === 6 || op === 7) continue
+          ops.push(op === 5 ? decode(data) : op === 4 ? `shutdown ${flags}` : `op ${op}`)
+          if (op === 4 && flags === 3) yield* answer(3)
+          if (op === 3 || (op === 4 && flags === 3)) return
+        }
+      })
+      const client = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 80, 3)
+        if (stream === undefined) throw new Error("refused")
+        yield* stream.write(cpu, encode("all of it"))
+        yield* end(cpu, stream, vsock)
+      })
+      yield* Effect.scoped(Effect.gen(function*() {
+        const first = yield* Layer.build(layerMachine(manager))
+        const second = yield* Layer.build(layerMachine(manager))
+        const a = yield* Effect.provide(create(listener), first)
+        const b = yield* Effect.provide(create(client), second)
+        const serving = yield* Effect.forkChild(a.lifecycle.run)
+        yield* b.lifecycle.run
+        yield* Fiber.join(serving)
+      }))
+      return ops
+    }).pipe(Effect.provide(VsockManager.layerWith({ policy: () => Effect.succeed(true) })))
+
+  it.effect("hear of each other's end, after all that was sent", () =>
+    Effect.gen(function*() {
+      const ops = yield* heard(function*(cpu, stream) {
+        yield* stream.close(cpu)
+      })
+      assert.deepStrictEqual(ops, ["all of it", "shutdown 2", "shutdown 3"])
+    }))
+
+  it.effect("hear of each other's reset, and do not take it for an end in good order", () =>
+    Effect.gen(function*() {
+      const ops = yield* heard(function*(cpu, stream, vsock) {
+        yield* vsock.send(cpu, { op: 3, srcPort: stream.port, dstPort: stream.hostPort, dstCid: 3 })
+      })
+      assert.strictEqual(ops.at(-1), "op 3")
     }))
 })
