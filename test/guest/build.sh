@@ -24,7 +24,7 @@ cd "$here/src"
 objects=
 for source in entry.S vectors.S user.S trampoline.S acpi.c aml.c apic.c bench.c boot.c console.c heap.c hostile.c interrupts.c main.c \
   memory.c power.c print.c serial.c smp.c string.c timer.c unmapped.c \
-  virtio*.c; do
+  virtio*.c virtq*.c; do
   # shellcheck disable=SC2086
   "$CC" $flags -c "$source" -o "$work/$source.o"
   objects="$objects $work/$source.o"

@@ -14,10 +14,10 @@ const MEBIBYTE = 2 ** 20
 const WANTED = 8 * MEBIBYTE
 
 const MACHINES = [
-  { cpus: 1, virtioTransport: "mmio" },
-  { cpus: 2, virtioTransport: "mmio" },
-  { cpus: 1, virtioTransport: "pci" },
-  { cpus: 2, virtioTransport: "pci" }
+  { cpus: 1, virtioTransport: "mmio", virtioPackedRing: false },
+  { cpus: 2, virtioTransport: "mmio", virtioPackedRing: true },
+  { cpus: 1, virtioTransport: "pci", virtioPackedRing: true },
+  { cpus: 2, virtioTransport: "pci", virtioPackedRing: false }
 ] as const
 
 /** What the guest does, and what it must say of it. */
@@ -33,7 +33,7 @@ const WORDS: ReadonlyArray<readonly [word: string, line: RegExp]> = [
 ]
 
 describe.skipIf(kvmObstacle !== undefined)(onKvm("a machine with every virtio device"), () => {
-  it.live.each(MACHINES)("works: $cpus vCPU, $virtioTransport", (machine) => {
+  it.live.each(MACHINES)("works: $cpus vCPU, $virtioTransport, packed $virtioPackedRing", (machine) => {
     let frames = 0
     const network = NetStreams.layer(({ fromGuest }) => Stream.runForEach(fromGuest, () => Effect.sync(() => frames++)))
     return Effect.gen(function*() {
@@ -42,7 +42,9 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("a machine with every virtio de
         ...machine,
         kernelType: "LINUX",
         kernel: fromPath(ELF),
-        cmdline: `quiet virtio ${WORDS.map(([word]) => word).join(" ")}`,
+        cmdline: `quiet ${machine.virtioPackedRing ? "packed" : "split"} virtio ${
+          WORDS.map(([word]) => word).join(" ")
+        }`,
         guestMemory: "32M",
         virtioRng: true,
         virtioBalloon: true,

@@ -47,21 +47,23 @@ const temporaryFile = Effect.acquireRelease(
 interface Machine {
   readonly cpus: number
   readonly virtioTransport: "mmio" | "pci"
+  readonly virtioPackedRing: boolean
 }
 
 const MACHINES: ReadonlyArray<Machine> = [
-  { cpus: 1, virtioTransport: "mmio" },
-  { cpus: 2, virtioTransport: "mmio" },
-  { cpus: 2, virtioTransport: "pci" }
+  { cpus: 1, virtioTransport: "mmio", virtioPackedRing: false },
+  { cpus: 2, virtioTransport: "mmio", virtioPackedRing: true },
+  { cpus: 2, virtioTransport: "pci", virtioPackedRing: false },
+  { cpus: 1, virtioTransport: "pci", virtioPackedRing: true }
 ]
-const SMALL: Machine = { cpus: 1, virtioTransport: "mmio" }
+const SMALL: Machine = { cpus: 1, virtioTransport: "mmio", virtioPackedRing: false }
 
 const runGuest = Effect.fnUntraced(function*(cmdline: string, disks: ReadonlyArray<Disk>, machine = SMALL) {
   const lifecycle = yield* GuestLifecycle
   yield* lifecycle.create({
     kernelType: "LINUX",
     kernel: fromPath(ELF),
-    cmdline: `quiet ${cmdline}`,
+    cmdline: `quiet ${machine.virtioPackedRing ? "packed" : "split"} ${cmdline}`,
     ...machine,
     guestMemory: "32M",
     blockDevices: disks
@@ -74,7 +76,7 @@ const runGuest = Effect.fnUntraced(function*(cmdline: string, disks: ReadonlyArr
 describe.skipIf(kvmObstacle !== undefined)(onKvm("disks of the small guest"), () => {
   it.layer(KvmGuestLifecycle.layer, { excludeTestServices: true, timeout: 60_000 })((it) => {
     it.effect.each(MACHINES)(
-      "are what it writes, byte for byte, at any depth and request size: $cpus vCPU, $virtioTransport",
+      "are what it writes, byte for byte, at any depth and request size: $cpus vCPU, $virtioTransport, packed $virtioPackedRing",
       (machine) =>
         Effect.gen(function*() {
           const { path } = yield* temporaryFile
@@ -86,6 +88,7 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("disks of the small guest"), ()
               `blk=write,${sector},128,${SEED}`,
               `blk=write,${sector + 128},128,${SEED},65536`,
               `blk=verify,${sector},256,${SEED},512`,
+              `blk=rand-read,1000`,
               `blk=read,${sector},256`
             ]
           })
@@ -93,6 +96,10 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("disks of the small guest"), ()
           assert.include(lines, `blk capacity ${SECTORS} sectors`)
           assert.include(lines, "blk id a-disk")
           assert.include(lines, "blk flush ok")
+          assert.strictEqual(
+            lines.filter((line) => line.startsWith("blk bench") && line.endsWith(" errors=0")).length,
+            3
+          )
           assert.strictEqual(lines.filter((line) => line === "blk verify 256 sectors ok").length, 3)
           for (const sector of [0, 256, 512]) {
             assert.include(lines, `blk read 256 sectors sum ${sum(pattern(sector, 256))}`)

@@ -74,7 +74,7 @@ const runGuest = (
     yield* lifecycle.create({
       kernelType: "LINUX",
       kernel: fromPath(ELF),
-      cmdline: `quiet smp ${subject.word} say=after`,
+      cmdline: `quiet ${machine.virtioPackedRing === true ? "packed" : "split"} smp ${subject.word} say=after`,
       cpus: 1,
       guestMemory: "32M",
       ...machine,
@@ -102,9 +102,9 @@ const runGuest = (
   ))
 
 const MACHINES = [
-  { cpus: 1, virtioTransport: "mmio" },
-  { cpus: 2, virtioTransport: "mmio" },
-  { cpus: 2, virtioTransport: "pci" }
+  { cpus: 1, virtioTransport: "mmio", virtioPackedRing: false },
+  { cpus: 2, virtioTransport: "mmio", virtioPackedRing: true },
+  { cpus: 2, virtioTransport: "pci", virtioPackedRing: false }
 ] as const
 
 /** Never gives up within a test, and loses no time. */
@@ -114,7 +114,7 @@ const PLACES: ReadonlyArray<DeviceDefects.DefectPlace> = ["doorbell", "done", "i
 
 describe.skipIf(kvmObstacle !== undefined).each(subjects)(onKvm("a device that fails: $device"), (subject) => {
   it.live.each(MACHINES)(
-    "is started again, and its driver's work goes on: $cpus vCPU, $virtioTransport",
+    "is started again, and its driver's work goes on: $cpus vCPU, $virtioTransport, packed $virtioPackedRing",
     (machine) =>
       Effect.gen(function*() {
         for (const place of PLACES) {

@@ -241,6 +241,7 @@ void string_io(u64 port);
 void heap_reset(void);
 void virtio_interrupt(u32 vector);
 void virtio_list(void);
+extern bool virtio_packed;
 bool hostile(const char *word);
 bool virtio_balloon(const char *word);
 bool virtio_blk(const char *word);

@@ -507,6 +507,9 @@ bool hostile(const char *word) {
   }
   value = after_prefix(word, "hostile");
   if (!value || (*value && *value != '=')) return false;
+  bool packed = virtio_packed;
+  virtio_packed = false; /* the attacks are on split queues */
   run(*value ? value + 1 : NULL);
+  virtio_packed = packed;
   return true;
 }

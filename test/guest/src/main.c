@@ -40,6 +40,10 @@ static bool modifier(struct state *state, const char *word) {
   const char *value;
   if (str_equal(word, "quiet"))
     return true;
+  else if (str_equal(word, "packed"))
+    virtio_packed = true;
+  else if (str_equal(word, "split"))
+    virtio_packed = false;
   else if (str_equal(word, "user"))
     state->user = true;
   else if (str_equal(word, "kernel"))

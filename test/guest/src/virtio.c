@@ -5,6 +5,7 @@
 #define CONFIG_TRIES 1000
 
 static struct virtio *by_vector[VECTORS];
+bool virtio_packed;
 
 /* ---- the device ------------------------------------------------------------------------------------------------- */
 
@@ -69,6 +70,8 @@ const char *virtio_start(struct virtio *device, u64 wanted) {
   device->offered = transport->offered(device);
   if (!(device->offered & VIRTIO_F_VERSION_1)) return "no VIRTIO_F_VERSION_1";
   wanted |= VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC;
+  /* virtio_net.c has its hands on the rings of split queues. */
+  if (virtio_packed && device->id != VIRTIO_NET) wanted |= VIRTIO_F_RING_PACKED;
   device->features = device->offered & wanted;
   transport->accept(device, 0, (u32)device->features);
   transport->accept(device, 1, (u32)(device->features >> 32));
@@ -86,6 +89,7 @@ const char *virtq_setup(struct virtio *device, u32 index, u32 size_max) {
   while (size > size_max) size >>= 1;
   *queue = (struct virtq){.device = device, .index = (u16)index, .size = (u16)size};
   queue->event_index = device->features & VIRTIO_F_EVENT_IDX;
+  if (device->features & VIRTIO_F_RING_PACKED) return packed_setup(device, queue);
   queue->desc = heap_take(sizeof(struct virtq_desc) * size, PAGE);
   queue->avail = heap_take(6 + 2 * U(size), 64);
   queue->used = heap_take(6 + sizeof(struct virtq_used_elem) * size, 64);
@@ -150,6 +154,7 @@ static u16 flags_of(const struct buffer *buffers, u32 count, u32 i) {
 }
 
 bool virtq_add(struct virtq *queue, const struct buffer *buffers, u32 count, u64 token) {
+  if (queue->packed) return packed_add(queue, buffers, count, token);
   bool in_table = queue->tables && count > 1 && count <= VIRTQ_TABLE;
   u16 wanted = in_table ? 1 : (u16)count, head = queue->free;
   if (queue->free_count < wanted) return false;
@@ -183,14 +188,22 @@ void virtq_kick(struct virtq *queue) {
   barrier();
   u16 now = queue->next_avail, before = queue->kicked;
   queue->kicked = now;
-  bool wanted = queue->event_index ? (u16)(now - *virtq_avail_event(queue) - 1) < (u16)(now - before)
-                                   : !(queue->used->flags & RING_QUIET);
+  bool wanted = queue->packed        ? packed_wants_kick(queue)
+                : queue->event_index ? (u16)(now - *virtq_avail_event(queue) - 1) < (u16)(now - before)
+                                     : !(queue->used->flags & RING_QUIET);
   if (!wanted) return;
   queue->kicks++;
   queue->device->transport->kick(queue->device, queue->index);
 }
 
-bool virtq_pending(const struct virtq *queue) { return queue->used->idx != queue->last_used; }
+bool virtq_pending(const struct virtq *queue) {
+  return queue->packed ? packed_pending(queue) : queue->used->idx != queue->last_used;
+}
+
+/* The head of the chain that is to be taken next. */
+static u32 next_used(const struct virtq *queue) {
+  return queue->packed ? packed_next(queue) : queue->used->ring[queue->last_used & (queue->size - 1)].id;
+}
 
 /* A chain that is not ours is left there: `virtq_wait` says so. */
 static bool is_ours(const struct virtq *queue, u32 id) { return id < queue->size && queue->lengths[id] != 0; }
@@ -198,8 +211,12 @@ static bool is_ours(const struct virtq *queue, u32 id) { return id < queue->size
 bool virtq_take(struct virtq *queue, u64 *token, u32 *written) {
   if (!virtq_pending(queue)) return false;
   barrier();
-  u32 id = queue->used->ring[queue->last_used & (queue->size - 1)].id;
+  u32 id = next_used(queue);
   if (!is_ours(queue, id)) return false;
+  if (queue->packed) {
+    packed_take(queue, token, written);
+    return true;
+  }
   if (token) *token = queue->tokens[id];
   if (written) *written = queue->used->ring[queue->last_used & (queue->size - 1)].len;
   u16 last = (u16)id, length = queue->lengths[id];
@@ -214,21 +231,26 @@ bool virtq_take(struct virtq *queue, u64 *token, u32 *written) {
 }
 
 void virtq_arm(struct virtq *queue) {
+  if (queue->packed) return packed_arm(queue);
   if (queue->event_index) *virtq_used_event(queue) = queue->last_used;
   barrier();
 }
 
 bool virtq_take_kept(struct virtq *queue, u64 *token, u32 *head) {
   if (!virtq_pending(queue)) return false;
-  u32 id = queue->used->ring[queue->last_used & (queue->size - 1)].id;
+  u32 id = next_used(queue);
   if (!is_ours(queue, id)) return false;
   *token = queue->tokens[id];
   *head = id;
-  queue->last_used++;
+  if (queue->packed)
+    packed_take_kept(queue);
+  else
+    queue->last_used++;
   return true;
 }
 
 void virtq_add_kept(struct virtq *queue, u32 head) {
+  if (queue->packed) return packed_add_kept(queue, head);
   queue->avail->ring[queue->next_avail & (queue->size - 1)] = (u16)head;
   queue->avail->idx = ++queue->next_avail; /* this processor's stores are seen in their order */
 }
@@ -242,7 +264,7 @@ const char *virtq_wait(struct virtq *queue, u32 ms) {
   wait_end();
   if (!virtq_pending(queue)) return virtio_needs_reset(device) ? "needs a reset" : "no answer";
   if (late) return "no interrupt";
-  return is_ours(queue, queue->used->ring[queue->last_used & (queue->size - 1)].id) ? NULL : "wrong descriptor returned";
+  return is_ours(queue, next_used(queue)) ? NULL : "wrong descriptor returned";
 }
 
 const char *virtq_call(struct virtq *queue, const struct buffer *buffers, u32 count, u32 *written) {

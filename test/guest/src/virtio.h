@@ -24,6 +24,7 @@
 #define VIRTIO_F_INDIRECT_DESC (1ul << 28)
 #define VIRTIO_F_EVENT_IDX (1ul << 29)
 #define VIRTIO_F_VERSION_1 (1ul << 32)
+#define VIRTIO_F_RING_PACKED (1ul << 34)
 
 /* Device status (section 2.1). */
 #define STATUS_ACKNOWLEDGE 1
@@ -110,6 +111,7 @@ struct virtq {
   u64 *tokens;
   u16 *lengths;
   struct virtq_desc *tables; /* VIRTQ_TABLE for each descriptor, where indirect descriptors were negotiated */
+  struct packed *packed; /* virtq_packed.c; NULL: the queue is split */
   u16 free, free_count;
   u16 next_avail, kicked, last_used;
   bool event_index;
@@ -175,6 +177,18 @@ const char *virtq_call(struct virtq *queue, const struct buffer *buffers, u32 co
 /* The event indices behind the rings. */
 volatile u16 *virtq_used_event(const struct virtq *queue);
 volatile u16 *virtq_avail_event(const struct virtq *queue);
+
+/* The same for packed queues (virtq_packed.c); virtio.c calls them. */
+const char *packed_setup(struct virtio *device, struct virtq *queue);
+bool packed_add(struct virtq *queue, const struct buffer *buffers, u32 count, u64 token);
+bool packed_wants_kick(struct virtq *queue);
+bool packed_pending(const struct virtq *queue);
+/* The identifier of the chain that is to be taken next. */
+u32 packed_next(const struct virtq *queue);
+void packed_take(struct virtq *queue, u64 *token, u32 *written);
+void packed_arm(struct virtq *queue);
+void packed_take_kept(struct virtq *queue);
+void packed_add_kept(struct virtq *queue, u32 id);
 
 /* Memory for rings and buffers: RAM behind the image, not cleared. NULL when there is no more. It is all given back before each
  * word of the command line. */
