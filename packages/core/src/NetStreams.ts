@@ -5,6 +5,7 @@
  * const wire = NetStreams.layer(({ fromGuest, toGuest }) => Stream.run(fromGuest, toGuest)) // each guest hears itself
  * ```
  */
+import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import * as Queue from "effect/Queue"
@@ -189,13 +190,21 @@ const openPort = Effect.fnUntraced(function*<E, R>(
       if (!incoming.empty) incoming.shift()
     }
   }
-  yield* Effect.forkScoped(serve(streams))
+  yield* Effect.forkScoped(
+    Effect.tapCause(serve(streams), (cause) =>
+      Cause.hasInterruptsOnly(cause)
+        ? Effect.void
+        : Effect.andThen(
+          Effect.logWarning(`${request.name}: its network has failed: ${Cause.pretty(cause)}`),
+          streams.setLink(false)
+        ))
+  )
   return port
 })
 
 /**
  * A back end whose ports are served by an effect, one run for each interface, which is interrupted when the machine is gone. A
- * network that ends by itself leaves its interface open, with nobody there.
+ * network that ends by itself leaves its interface open, with nobody there; for one that fails, a line is logged and the link goes down.
  */
 export const make = <E, R>(
   serve: (streams: FrameStreams) => Effect.Effect<unknown, E, R>,

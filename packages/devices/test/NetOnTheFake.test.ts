@@ -208,6 +208,41 @@ describe("The network device in a machine", () => {
     )
   })
 
+  it("has no link when its network has failed, and the machine goes on", () => {
+    Simulation.explore(
+      Effect.gen(function*() {
+        const program = GuestProgram.make(function*(cpu) {
+          const place = placeOf(cpu)
+          const driver = yield* startNet(cpu, place, {
+            memoryAddress: MEMORY_ADDRESS,
+            memorySize: MEMORY_SIZE,
+            features: [F.STATUS]
+          })
+          yield* driver.send(frameOf(60, 0))
+          for (;;) {
+            const [status] = yield* driver.virtio.configuration(cpu, [{ offset: 6, size: 2 }])
+            if (status === 0) break
+            yield* cpu.waitForInterrupt(place.gsi)
+            yield* driver.virtio.handleInterrupt(cpu)
+          }
+          // What is sent now is lost, and its buffers come back.
+          for (let i = 0; i < 20; i++) {
+            yield* driver.send(frameOf(60, i))
+            while (driver.reclaim() === 0) yield* cpu.yield()
+          }
+          yield* GuestAcpi.powerOff(cpu)
+        })
+        const failing = NetStreams.layer(({ fromGuest }) =>
+          Stream.runForEach(fromGuest, () => Effect.fail("the network is full of holes"))
+        )
+        yield* Effect.provide(runGuest(configOf(program)), layerHost(failing)).pipe(
+          Effect.provideService(References.MinimumLogLevel, "Error")
+        )
+      }),
+      20
+    )
+  })
+
   it("is started again when it breaks, at any point, and the driver that resets it goes on", () => {
     const wanted = 12
     const program = GuestProgram.make(function*(cpu) {
