@@ -109,14 +109,24 @@ const nothing = { host: () => Effect.void, background: Effect.never, features: A
 /** Makes a device, and the host around it. */
 export type MakeSubject = (choices: HostileChoices) => Effect.Effect<HostileSubject, never, Scope.Scope>
 
-/** The entropy device. */
-export const entropySubject: MakeSubject = (choices) =>
-  Effect.map(build(layerEntropy, choices, { virtioRng: true }), (device) => ({
+const entropyOf = (flags: object): MakeSubject => (choices) =>
+  Effect.map(build(layerEntropy, choices, { virtioRng: true, ...flags }), (device) => ({
     ...nothing,
     profile: entropyProfile,
     device,
     request: (address) => ({ queue: 0, bytes: [], buffers: [writable(address, 32)] })
   }))
+
+/** The entropy device. */
+export const entropySubject = entropyOf({})
+
+/** The same at a pace that large requests have to wait for. */
+const slowEntropy = entropyOf({
+  entropyRateLimit: {
+    bytes: { size: 0x1000, refillTimeMillis: 10 },
+    operations: { size: 10, refillTimeMillis: 10, oneTimeBurst: 3 }
+  }
+})
 
 const balloon: MakeSubject = (choices) =>
   Effect.map(build(layerBalloon, choices, { virtioBalloon: true }), (device) => {
@@ -159,14 +169,15 @@ const mem: MakeSubject = (choices) =>
     }
   )
 
-const block: MakeSubject = (choices) =>
+const blockOf = (spec: object): MakeSubject => (choices) =>
   Effect.map(
     build(layerBlock, choices, {
       blockDevices: [{
         id: "disk",
         mode: "READ_WRITE",
         format: "FILE",
-        client: blockClientFromBytes("disk", new Uint8Array(0x1_0000))
+        client: blockClientFromBytes("disk", new Uint8Array(0x1_0000)),
+        ...spec
       }]
     }),
     (device) => ({
@@ -341,15 +352,21 @@ const vsock: MakeSubject = (choices) =>
     }
   })
 
-/** All devices by name. */
-export const HOSTILE_SUBJECTS: Readonly<Record<string, MakeSubject>> = {
-  entropy: entropySubject,
-  balloon,
-  mem,
-  block,
-  net,
-  console: terminal,
-  vsock
+/** All devices by name, and some of them in more than one way. */
+export const HOSTILE_SUBJECTS: Readonly<
+  Record<string, { readonly profile: HostileProfile; readonly make: MakeSubject }>
+> = {
+  entropy: { profile: entropyProfile, make: entropySubject },
+  "entropy-slow": { profile: entropyProfile, make: slowEntropy },
+  balloon: { profile: balloonProfile, make: balloon },
+  mem: { profile: memProfile, make: mem },
+  block: { profile: blockProfile, make: blockOf({}) },
+  "block-read-only": { profile: blockProfile, make: blockOf({ mode: "READ_ONLY" }) },
+  // With so little memory for what is written that there is soon no room.
+  "block-volatile": { profile: blockProfile, make: blockOf({ mode: "VOLATILE_WRITE", volatileLimit: 0x4000 }) },
+  net: { profile: netProfile, make: net },
+  console: { profile: consoleProfile, make: terminal },
+  vsock: { profile: vsockProfile, make: vsock }
 }
 
 /** Sizes of queues for a correct driver of any of them. */

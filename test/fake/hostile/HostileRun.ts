@@ -1,9 +1,8 @@
 // Cases of hostile drivers: each is a number, from which the device's transport and the script follow. A case that fails is repeated
 // on a fresh rig and made smaller.
 import { Choice } from "@troupe/core/testing/drivers/HostileChoice"
-import { HOSTILE_PROFILES } from "@troupe/core/testing/drivers/HostileProfiles"
 import { hostileScript, type HostileStep } from "@troupe/core/testing/drivers/HostileScript"
-import { HOSTILE_SUBJECTS, type HostileChoices, type MakeSubject } from "./HostileDevices.ts"
+import { HOSTILE_SUBJECTS, type HostileChoices } from "./HostileDevices.ts"
 import { HOSTILE_MEMORY, HostileRig } from "./HostileRig.ts"
 
 /** Cases whose numbers begin alike are played on one rig, one after the other. */
@@ -16,12 +15,11 @@ const HOSTILITIES = [0, 0.1, 0.3, 0.6, 1] as const
 
 /** The names of all devices. */
 export const HOSTILE_DEVICES: ReadonlyArray<string> = Object.keys(HOSTILE_SUBJECTS)
-const PROFILES = new Map(HOSTILE_PROFILES.map((profile) => [profile.name, profile]))
 
-const subjectOf = (device: string): MakeSubject => {
-  const make = HOSTILE_SUBJECTS[device]
-  if (make === undefined) throw new Error(`there is no device ${JSON.stringify(device)}`)
-  return make
+const subjectOf = (device: string) => {
+  const subject = HOSTILE_SUBJECTS[device]
+  if (subject === undefined) throw new Error(`there is no device ${JSON.stringify(device)}`)
+  return subject
 }
 
 /** The rig that a case is played on. */
@@ -32,8 +30,7 @@ export const rigOf = (seed: number): { readonly first: number; readonly choices:
 
 /** The script of a case. */
 export const scriptOf = (device: string, seed: number): ReadonlyArray<HostileStep> => {
-  const profile = PROFILES.get(device)
-  if (profile === undefined) throw new Error(`there is no device ${JSON.stringify(device)}`)
+  const { profile } = subjectOf(device)
   const choice = new Choice(seed)
   const hostility = choice.of(HOSTILITIES)
   return hostileScript(profile, { memory: HOSTILE_MEMORY }, choice, 1 + choice.below(STEPS_MAX), hostility)
@@ -56,7 +53,7 @@ export const tryScript = (
   script: ReadonlyArray<HostileStep>
 ): unknown => {
   try {
-    new HostileRig(subjectOf(device), choices).play(script)
+    new HostileRig(subjectOf(device).make, choices).play(script)
     return undefined
   } catch (cause) {
     return cause
@@ -103,7 +100,7 @@ export const playCases = (
   for (let number = seed; number < seed + count; number++) {
     if (!beforeEach(number)) return undefined
     const { choices, first } = rigOf(number)
-    if (rig === undefined || number === first) rig = new HostileRig(subjectOf(device), choices)
+    if (rig === undefined || number === first) rig = new HostileRig(subjectOf(device).make, choices)
     const script = scriptOf(device, number)
     try {
       rig.play(script)
