@@ -194,6 +194,33 @@ describe("Entropy", () => {
     )
   })
 
+  it.effect("writes nothing to the buffers of a queue that its driver has stopped while they waited for tokens", () =>
+    Effect.gen(function*() {
+      let now = 0
+      const source = countingSource()
+      const throttle = new Throttle({ bytes: { size: 100, refillTimeMillis: 10, oneTimeBurst: 0 } }, () => now)
+      const harness = new DeviceHarness(virtioMmio(entropy(source, throttle), { name: "rng0" }))
+      yield* harness.start
+      const cpu = harnessCpu(harness)
+      const start = () => runGuest(startVirtioMmio(cpu, HARNESS_PLACE, { memoryAddress: QUEUE_ADDRESS }))
+      const request = [{ address: DATA_ADDRESS, length: 100, writable: true }]
+      const driver = start()
+      runGuest(driver.send(cpu, 0, [request, request]))
+      harness.settle()
+      assert.strictEqual(source.bytes, 100)
+      harness.write(0, VirtioMmio.QueueSel, 4, 0)
+      harness.write(0, VirtioMmio.QueueReady, 4, 0)
+      harness.memory.slice(DATA_ADDRESS, DATA_SIZE)?.fill(0)
+      now = 1000
+      harness.signals.add(0)
+      harness.settle()
+      assert.strictEqual(source.bytes, 100)
+      assert.strictEqual(harness.memory.slice(DATA_ADDRESS, 100)?.some((byte) => byte !== 0), false)
+      const again = start()
+      runGuest(again.send(cpu, 0, [request]))
+      assert.strictEqual(runGuest(again.receive(cpu, 0)).written, 100)
+    }))
+
   it("waits for tokens in a machine, and is woken by the clock", () => {
     const program = GuestProgram.make(function*(cpu) {
       const place = GuestAcpi.find(cpu).virtioMmio[0]

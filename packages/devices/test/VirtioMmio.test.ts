@@ -353,6 +353,51 @@ describe("VirtioMmio", () => {
       works(made)
     }))
 
+  it.effect("stops a queue that has nothing in hand, and works on with the others", () =>
+    Effect.gen(function*() {
+      const { cpu, device, harness, read, start, write } = yield* started
+      const driver = start()
+      runGuest(driver.send(cpu, 1, [[{ address: DATA_ADDRESS, length: 64, writable: true }]]))
+      harness.settle()
+      write(Register.QueueSel, 0)
+      write(Register.QueueReady, 0)
+      assert.deepStrictEqual([read(Register.Status), read(Register.QueueReady), device.resets], [15, 0, 1])
+      runGuest(driver.send(cpu, 0, [[{ address: DATA_ADDRESS, length: 64, writable: true }]]))
+      harness.settle()
+      harness.signals.add(0)
+      harness.settle()
+      assert.isUndefined(driver.queue(0).poll())
+      assert.strictEqual(driver.queue(1).poll()?.written, 64)
+    }))
+
+  it.effect("has a driver that stops a queue with buffers in hand wait until nothing writes to them, and needs a reset", () =>
+    Effect.gen(function*() {
+      for (const idle of [true, false]) {
+        const made = yield* started
+        const { cpu, device, harness, read, start, write } = made
+        const driver = start()
+        for (const queue of [0, 1]) {
+          runGuest(driver.send(cpu, queue, [[{ address: DATA_ADDRESS, length: 64, writable: true }]]))
+        }
+        harness.settle()
+        assert.strictEqual(device.held.length, 2)
+        device.idle = idle
+        write(Register.QueueSel, 0)
+        write(Register.QueueReady, 0)
+        assert.deepStrictEqual([read(Register.Status), read(Register.QueueReady), device.resets], [0x4f, 0, 2])
+        assert.strictEqual(harness.held, idle ? 0 : 1)
+        harness.signals.add(0)
+        harness.settle()
+        assert.strictEqual(harness.held, idle ? 0 : 1)
+        device.idle = true
+        harness.signals.add(0)
+        harness.settle()
+        assert.deepStrictEqual([read(Register.Status), harness.held], [0x4f, 0])
+        assert.deepStrictEqual([driver.queue(0).poll(), driver.queue(1).poll()], [undefined, undefined])
+        works(made)
+      }
+    }))
+
   it.effect("has done the reset that a driver waits for when the device ends instead", () =>
     Effect.gen(function*() {
       const device = new TestDevice()

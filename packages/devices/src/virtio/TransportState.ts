@@ -95,7 +95,7 @@ export class TransportState {
   #idle = true
   /** The driver has asked for a reset, and the device is not idle yet. */
   #resetting = false
-  /** Lets the vCPUs go on that have asked for it. */
+  /** Lets the vCPUs go on that have asked for it, or that have stopped a queue. */
   #waiting: Array<() => void> = []
 
   constructor(device: VirtioDevice, ports: TransportPorts, earlier: EarlierGeneration) {
@@ -122,6 +122,7 @@ export class TransportState {
   /** This generation has ended, and all its work with it: a reset that was waited for is done. */
   end(): void {
     if (this.#resetting) this.#wasReset()
+    else this.#letGoOn()
   }
 
   // --- what the driver reads -------------------------------------------------------------------------------------------
@@ -216,11 +217,21 @@ export class TransportState {
     })
   }
 
-  /** Stops a queue, which the driver may do at any time where the transport allows it. */
+  /**
+   * Stops a queue, which the driver may do at any time where the transport allows it.
+   *
+   * The answer to its write means that the device writes to no buffer of the queue any more. What a device does with the buffers
+   * that it has in hand ends with a reset and not otherwise, so a driver that stops a queue before it has them back stops all of
+   * the device.
+   */
   disableQueue(queue: number): void {
-    if (this.#resetting) return
-    this.#queues[queue]?.close()
-    if (queue < this.#queues.length) this.#queues[queue] = undefined
+    const stopped = this.#queues[queue]
+    if (this.#resetting || stopped === undefined) return
+    stopped.close()
+    this.#queues[queue] = undefined
+    if (stopped.inFlight === 0) return
+    this.#needReset(`queue ${queue} was stopped while the device had ${stopped.inFlight} of its chains`)
+    if (!this.#idle) this.#waiting.push(this.#ports.hold())
   }
 
   /** Writes the configuration space. */
@@ -266,8 +277,10 @@ export class TransportState {
   signal(number: number): boolean {
     const more = this.#behaviour?.signal?.(number) ?? false
     if (!this.#idle) this.#idle = this.#behaviour?.reset() ?? true
-    if (!this.#resetting) this.#settle()
-    else if (this.#idle) this.#wasReset()
+    if (!this.#resetting) {
+      if (this.#idle) this.#letGoOn()
+      this.#settle()
+    } else if (this.#idle) this.#wasReset()
     return more
   }
 
@@ -347,6 +360,11 @@ export class TransportState {
     this.#queueRegisters = this.#device.queueSizes.map(freshQueue)
     this.#ports.wasReset()
     this.#ports.show()
+    this.#letGoOn()
+  }
+
+  #letGoOn(): void {
+    if (this.#waiting.length === 0) return
     const waiting = this.#waiting
     this.#waiting = []
     for (const release of waiting) release()
