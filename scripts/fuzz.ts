@@ -1,5 +1,6 @@
 // `npm run fuzz`: hostile drivers against every virtio device, as many as wanted. The same seed does the same.
 import { parseArgs } from "node:util"
+import { failingSchedule } from "../packages/vsock/test/ConnectionModel.ts"
 import {
   CASE_HEAP_MAX,
   hostileStatistics,
@@ -7,12 +8,14 @@ import {
   TURN_CHAINS_MAX,
   TURN_STEPS_MAX
 } from "../test/fake/hostile/HostileRig.ts"
-import { describeFailure, HOSTILE_DEVICES, playCases } from "../test/fake/hostile/HostileRun.ts"
+import { describeFailure, HOSTILE_DEVICES, type HostileFailure, playCases } from "../test/fake/hostile/HostileRun.ts"
 
 const DEFAULT_CASES = 1_000_000
 /** Cases of one device before it is the next one's turn. */
 const SLICE = 1024
 const PROGRESS_MILLIS = 1000
+/** Not a device, but what happens on the connections of one. */
+const VSOCK_MODEL = "vsock-model"
 
 const USAGE = `Plays hostile drivers against the virtio devices, and says which of them a device does not stand.
 
@@ -23,6 +26,8 @@ const USAGE = `Plays hostile drivers against the virtio devices, and says which 
   npm run fuzz -- --help
 
 Devices: ${HOSTILE_DEVICES.join(", ")}.
+
+  npm run fuzz -- --device ${VSOCK_MODEL}   schedules of the socket device's connections, with a guest that keeps to the protocol
 `
 
 const fail = (text: string): never => {
@@ -59,7 +64,9 @@ const cases = wholeNumber("cases", values.cases)
 const seed = wholeNumber("seed", values.seed)
 const devices = values.device ?? HOSTILE_DEVICES
 for (const device of devices) {
-  if (!HOSTILE_DEVICES.includes(device)) fail(`there is no device ${JSON.stringify(device)}\n${USAGE}`)
+  if (!HOSTILE_DEVICES.includes(device) && device !== VSOCK_MODEL) {
+    fail(`there is no device ${JSON.stringify(device)}\n${USAGE}`)
+  }
 }
 
 const interrupt = new AbortController()
@@ -82,6 +89,8 @@ const progress = (device: string) => {
   process.stderr.write(terminal ? `\r\x1b[K${text}` : `${text}\n`)
 }
 
+const tell = (failure: HostileFailure | undefined) => failure === undefined ? undefined : describeFailure(failure)
+
 const counts = devices.map((_, index) => Math.floor(cases / devices.length) + (index < cases % devices.length ? 1 : 0))
 let failures = 0
 const dead = new Set<string>()
@@ -89,20 +98,24 @@ for (let slice = 0; !isInterrupted() && devices.some((_, i) => slice * SLICE < (
   for (const [index, device] of devices.entries()) {
     const count = Math.min(SLICE, (counts[index] ?? 0) - slice * SLICE)
     if (count <= 0 || isInterrupted() || dead.has(device)) continue
-    const failure = playCases(device, seed + slice * SLICE, count, () => {
+    const first = seed + slice * SLICE
+    const beforeEach = () => {
       played++
       if (performance.now() - shown > (terminal ? PROGRESS_MILLIS : 10 * PROGRESS_MILLIS)) {
         shown = performance.now()
         progress(device)
       }
       return !isInterrupted()
-    })
+    }
+    const failure = device === VSOCK_MODEL
+      ? failingSchedule(first, count, beforeEach)
+      : tell(playCases(device, first, count, beforeEach))
     // Lets a signal in.
     await new Promise((resolve) => setImmediate(resolve))
     if (failure === undefined) continue
     failures++
     dead.add(device)
-    process.stderr.write(`${terminal ? "\r\x1b[K" : ""}${describeFailure(failure)}\n`)
+    process.stderr.write(`${terminal ? "\r\x1b[K" : ""}${failure}\n`)
   }
 }
 if (terminal) process.stderr.write("\r\x1b[K")

@@ -8,7 +8,15 @@ import { assert } from "@effect/vitest"
 import * as Exit from "effect/Exit"
 import * as fc from "fast-check"
 import type { VsockConnection } from "../src/VsockConnection.ts"
-import { Op, SHUTDOWN_BOTH, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND } from "../src/VsockPacket.ts"
+import {
+  Op,
+  SHUTDOWN_BOTH,
+  VIRTIO_VSOCK_SEQ_EOM,
+  VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE,
+  VIRTIO_VSOCK_SHUTDOWN_F_SEND,
+  VIRTIO_VSOCK_TYPE_SEQPACKET,
+  VIRTIO_VSOCK_TYPE_STREAM
+} from "../src/VsockPacket.ts"
 import { QUARANTINE_MILLIS } from "../src/VsockPorts.ts"
 import { CLOSE_TIMEOUT_MILLIS } from "../src/VsockSession.ts"
 import { type Packet, SessionGuest } from "./SessionGuest.ts"
@@ -19,19 +27,31 @@ const LISTENING_PORT = 1
 /** What the guest's connections buffer: little, so that credit runs out. */
 const GUEST_BUFFER = 300
 
-/** The byte at a place of what one side of a connection sends. */
-const patternAt = (place: number, seed: number): number => (place * 7 + (place >> 8) + seed) & 0xff
+/** What both sides send repeats after this many bytes; each side of each connection begins at another place. */
+const PERIOD = 0x1_0000
+const table = Buffer.from(
+  Uint8Array.from({ length: 8 * PERIOD }, (_, place) => (place * 7 + ((place % PERIOD) >> 8)) & 0xff)
+)
 
 const pattern = (from: number, length: number, seed: number): Uint8Array => {
-  const bytes = new Uint8Array(length)
-  for (let i = 0; i < length; i++) bytes[i] = patternAt(from + i, seed)
-  return bytes
+  const first = (from + seed * 259) % PERIOD
+  return table.subarray(first, first + length)
 }
 
 const checkPattern = (from: number, bytes: Uint8Array, seed: number): void => {
-  for (let i = 0; i < bytes.length; i++) {
-    if (bytes[i] !== patternAt(from + i, seed)) assert.fail(`byte ${from + i} of a stream is not what was sent there`)
+  if (table.compare(bytes, 0, bytes.length, ...rangeOf(from, bytes.length, seed)) !== 0) {
+    assert.fail(`what begins at byte ${from} of a stream is not what was sent there`)
   }
+}
+
+const rangeOf = (from: number, length: number, seed: number): readonly [number, number] => {
+  const first = (from + seed * 259) % PERIOD
+  return [first, first + length]
+}
+
+/** The test framework's own assertions take most of the time where there are millions of them. */
+const check = (condition: boolean, detail: string): void => {
+  if (!condition) assert.fail(detail)
 }
 
 /** One end of a connection in the guest. */
@@ -49,8 +69,14 @@ interface GuestEnd {
   hostFwdCnt: number
   shut: number
   hostShut: number
-  /** The host's end, once there is one. */
-  host: HostEnd | undefined
+  readonly isSeqpacket: boolean
+  /** Bytes of the message that the guest is sending, and of the one that it is receiving. */
+  partSent: number
+  partReceived: number
+  /** Lengths of the whole messages that the guest has sent, as far as the host has not read them. */
+  readonly messages: Array<number>
+  /** How many bytes they and those before them have. */
+  whole: number
 }
 
 /** One end of a connection in the host. */
@@ -67,6 +93,8 @@ interface HostEnd {
   hasShutSend: boolean
   hasClosed: boolean
   hasReset: boolean
+  /** Lengths of the messages that the host has sent, as far as the guest has not received them. */
+  readonly messages: Array<number>
 }
 
 /** The commands of a script. */
@@ -149,11 +177,11 @@ export class ConnectionModel {
     const host = this.#hostEnds.at(-1 - which)
     switch (command) {
       case "guestConnects":
-        return this.#guestConnects()
+        return this.#guestConnects(amount % 3 === 0)
       case "hostConnects":
-        return this.#hostConnects(80 + which)
+        return this.#hostConnects(80 + which, amount % 3 === 0)
       case "hostConnectsInVain":
-        return this.#hostConnects(REFUSING_PORT)
+        return this.#hostConnects(REFUSING_PORT, false)
       case "hostAccepts":
         return this.#decide(true)
       case "hostRefuses":
@@ -163,9 +191,8 @@ export class ConnectionModel {
         if ((end.hostShut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE) !== 0) return
         const length = Math.min(amount * amount, end.hostBufAlloc - ((end.sent - end.hostFwdCnt) >>> 0))
         if (length <= 0) return
-        this.#send(end, Op.RW, 0, pattern(end.sent, length, end.seed))
-        end.sent += length
-        return
+        // A message that is longer than the host's buffer would never end.
+        return this.#guestSends(end, length, amount % 4 !== 0 || end.partSent > PERIOD)
       }
       case "hostWrites":
         return host === undefined ? undefined : this.#hostWrites(host, amount)
@@ -217,7 +244,7 @@ export class ConnectionModel {
       case "timePasses":
         return this.#passTime(amount * 20)
       case "driverRestarts":
-        return amount < 40 ? this.#restart() : undefined
+        return amount < 40 ? this.#restart(amount % 2 === 0) : undefined
     }
   }
 
@@ -226,6 +253,7 @@ export class ConnectionModel {
       op,
       flags,
       data,
+      type: end.isSeqpacket ? VIRTIO_VSOCK_TYPE_SEQPACKET : VIRTIO_VSOCK_TYPE_STREAM,
       srcPort: end.port,
       dstPort: end.hostPort,
       bufAlloc: GUEST_BUFFER,
@@ -235,12 +263,23 @@ export class ConnectionModel {
     this.#toHost.push(() => guest.send(packet))
   }
 
-  #guestConnects(): void {
-    const end = this.#newGuestEnd(this.#nextGuestPort++, LISTENING_PORT, "asking")
+  #guestSends(end: GuestEnd, length: number, isEnd: boolean): void {
+    const isMessage = end.isSeqpacket && isEnd
+    this.#send(end, Op.RW, isMessage ? VIRTIO_VSOCK_SEQ_EOM : 0, pattern(end.sent, length, end.seed))
+    end.sent += length
+    end.partSent += length
+    if (!isMessage) return
+    end.messages.push(end.partSent)
+    end.whole += end.partSent
+    end.partSent = 0
+  }
+
+  #guestConnects(isSeqpacket: boolean): void {
+    const end = this.#newGuestEnd(this.#nextGuestPort++, LISTENING_PORT, isSeqpacket, "asking")
     this.#send(end, Op.REQUEST)
   }
 
-  #newGuestEnd(port: number, hostPort: number, state: GuestEnd["state"]): GuestEnd {
+  #newGuestEnd(port: number, hostPort: number, isSeqpacket: boolean, state: GuestEnd["state"]): GuestEnd {
     const end: GuestEnd = {
       port,
       hostPort,
@@ -254,7 +293,11 @@ export class ConnectionModel {
       hostFwdCnt: 0,
       shut: 0,
       hostShut: 0,
-      host: undefined
+      isSeqpacket,
+      partSent: 0,
+      partReceived: 0,
+      messages: [],
+      whole: 0
     }
     this.#guestEnds.push(end)
     return end
@@ -272,19 +315,20 @@ export class ConnectionModel {
       hasShutReceive: false,
       hasShutSend: false,
       hasClosed: false,
-      hasReset: false
+      hasReset: false,
+      messages: []
     }
     this.#hostEnds.push(end)
     return end
   }
 
-  #hostConnects(guestPort: number): void {
-    const connection = this.#guest.session.connect("stream", 2, undefined, guestPort)
+  #hostConnects(guestPort: number, isSeqpacket: boolean): void {
+    const connection = this.#guest.session.connect(isSeqpacket ? "seqpacket" : "stream", 2, undefined, guestPort)
     if (typeof connection === "string") assert.fail(connection)
     const end = this.#newHostEnd(connection)
     connection.ask((exit) => {
       end.decided++
-      if (guestPort === REFUSING_PORT) assert.isTrue(Exit.isFailure(exit))
+      check(guestPort !== REFUSING_PORT || Exit.isFailure(exit), "a refused connection is open")
     })
   }
 
@@ -303,7 +347,8 @@ export class ConnectionModel {
 
   #hostWrites(host: HostEnd, length: number): void {
     const bytes = pattern(host.written, length, this.#seedOf(host))
-    const isOpen = host.connection.state === "ReadWrite" && !host.hasShutSend
+    const isMessage = host.connection.type === "seqpacket"
+    const isOpen = host.connection.state === "ReadWrite" && !host.hasShutSend && !(isMessage && length > GUEST_BUFFER)
     host.writes++
     if (isOpen) host.written += length
     let isDone = false
@@ -311,12 +356,13 @@ export class ConnectionModel {
     const takeBack = host.connection.write(bytes, (exit) => {
       // Its end was decided already when it was taken back.
       if (isTakenBack) return
-      assert.isFalse(isDone, "a write was done twice")
+      check(!isDone, "a write was done twice")
       isDone = true
       host.writesDone++
       if (Exit.isSuccess(exit)) host.delivered += length
       else if (isOpen) host.written = Number.NaN
     })
+    if (isOpen && isMessage) host.messages.push(length)
     if (!isOpen) return
     this.#takeBacks.push(() => {
       if (isDone) return
@@ -339,7 +385,21 @@ export class ConnectionModel {
       const { local, peer } = host.connection
       checkPattern(host.read, bytes, (peer.port * 13 + local.port) & 0xff)
       host.read += bytes.length
+      if (host.connection.type === "stream") continue
+      const end = this.#guestEndOf(host)
+      check(end?.messages.shift() === bytes.length, "a message has another length than it had")
     }
+  }
+
+  #guestEndOf(host: HostEnd): GuestEnd | undefined {
+    const { local, peer } = host.connection
+    return this.#guestEnds.findLast((end) => end.port === peer.port && end.hostPort === local.port)
+  }
+
+  #hostEndOf(end: GuestEnd): HostEnd | undefined {
+    return this.#hostEnds.find(({ connection }) =>
+      connection.peer.port === end.port && connection.local.port === end.hostPort
+    )
   }
 
   #guestShuts(end: GuestEnd, flags: number): void {
@@ -356,7 +416,8 @@ export class ConnectionModel {
         this.#toHost.push(() => guest.send({ op: Op.RST, srcPort: packet.dstPort, dstPort: packet.srcPort }))
         return
       }
-      const end = this.#newGuestEnd(packet.dstPort, packet.srcPort, "open")
+      const isSeqpacket = packet.type === VIRTIO_VSOCK_TYPE_SEQPACKET
+      const end = this.#newGuestEnd(packet.dstPort, packet.srcPort, isSeqpacket, "open")
       end.hostBufAlloc = packet.bufAlloc
       end.hostFwdCnt = packet.fwdCnt
       return this.#send(end, Op.RESPONSE)
@@ -379,21 +440,25 @@ export class ConnectionModel {
     }
     end.hostBufAlloc = packet.bufAlloc
     end.hostFwdCnt = packet.fwdCnt
-    assert.isAtMost((end.sent - packet.fwdCnt) >>> 0, end.sent, "the host has read what was not sent")
+    check(packet.fwdCnt <= end.sent, "the host has read what was not sent")
+    check(packet.type === 1 === !end.isSeqpacket, "a packet of another type")
     switch (packet.op) {
       case Op.RESPONSE:
-        assert.strictEqual(end.state, "asking")
+        check(end.state === "asking", "an answer that nobody has asked for")
         end.state = "open"
         return
       case Op.RW: {
-        const host = this.#hostEnds.find(({ connection }) =>
-          connection.peer.port === end.port && connection.local.port === end.hostPort
-        )
+        const host = this.#hostEndOf(end)
         if (host === undefined) assert.fail("data of nobody")
-        assert.strictEqual(end.hostShut & VIRTIO_VSOCK_SHUTDOWN_F_SEND, 0, "data after the end of data")
+        check((end.hostShut & VIRTIO_VSOCK_SHUTDOWN_F_SEND) === 0, "data after the end of data")
         checkPattern(end.received, packet.data, this.#seedOf(host))
         end.received += packet.data.length
-        assert.isAtMost(end.received - end.read, GUEST_BUFFER, "the host has sent more than it may")
+        check(end.received - end.read <= GUEST_BUFFER, "the host has sent more than it may")
+        if (!end.isSeqpacket) return check(packet.flags === 0, "flags of a message in a stream")
+        end.partReceived += packet.data.length
+        if (packet.flags === 0) return
+        check(host.messages.shift() === end.partReceived, "a message has another length than it had")
+        end.partReceived = 0
         return
       }
       case Op.SHUTDOWN:
@@ -415,8 +480,9 @@ export class ConnectionModel {
   }
 
   /** The driver resets the device: all connections are gone for both sides, and nothing on its way arrives. */
-  #restart(): void {
+  #restart(isCrash: boolean): void {
     const { time } = this.#guest
+    if (isCrash) this.#crash()
     this.#guest.session.end()
     this.#checkOver()
     this.#guest = new SessionGuest()
@@ -428,10 +494,22 @@ export class ConnectionModel {
     this.#takeBacks = []
   }
 
+  /** The device fails in the middle of a turn. */
+  #crash(): void {
+    try {
+      this.#guest.session.turn(() => {
+        for (const { connection } of this.#hostEnds) connection.take()
+        throw new Error("as the script says")
+      })
+    } catch {
+      // Its next generation has a new session.
+    }
+  }
+
   /** What always holds. */
   #check(): void {
     for (const { connection } of this.#hostEnds) {
-      assert.isAtMost(connection.unread, connection.bufAlloc, "more waits than the guest has credit for")
+      check(connection.unread <= connection.bufAlloc, "more waits than the guest has credit for")
     }
   }
 
@@ -445,6 +523,7 @@ export class ConnectionModel {
       this.#toGuest.push(...this.#guest.receive())
       for (const packet of this.#toGuest.splice(0)) this.#arrive(packet)
       for (const host of this.#hostEnds) this.#hostReads(host)
+      this.#endMessages()
       for (const end of this.#guestEnds) {
         if (end.state !== "open" || end.read === end.received) continue
         end.read = end.received
@@ -455,39 +534,63 @@ export class ConnectionModel {
     assert.fail("it does not come to rest")
   }
 
+  /** The guest ends the messages that it has begun. */
+  #endMessages(): void {
+    for (const end of this.#guestEnds) {
+      if (!end.isSeqpacket || end.partSent === 0 || end.state !== "open") continue
+      if ((end.shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND) === 0) this.#guestSends(end, 0, true)
+    }
+  }
+
   #checkEnd(): void {
     for (const end of this.#guestEnds) {
-      const host = this.#hostEnds.find(({ connection }) =>
-        connection.peer.port === end.port && connection.local.port === end.hostPort
-      )
+      const host = this.#hostEndOf(end)
       if (host === undefined || end.isReset || host.hasReset || host.connection.end === "reset") continue
       if (!host.hasClosed && !host.hasShutReceive) {
-        assert.strictEqual(host.read, end.sent, "bytes of the guest were lost")
+        check(host.read === (end.isSeqpacket ? end.whole : end.sent), "bytes of the guest were lost")
       }
       if ((end.shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE) === 0 && !host.hasClosed && !Number.isNaN(host.written)) {
-        assert.strictEqual(end.received, host.written, "bytes of the host were lost")
-        assert.strictEqual(host.delivered, host.written, "a write was not done")
+        check(end.received === host.written, "bytes of the host were lost")
+        check(host.delivered === host.written, "a write was not done")
+        check(host.messages.length === 0, "a message of the host was lost")
       }
     }
-    for (const host of this.#hostEnds) assert.strictEqual(host.decided, 1, "nobody heard what became of a connection")
+    for (const host of this.#hostEnds) check(host.decided === 1, "nobody heard what became of a connection")
     this.#passTime(CLOSE_TIMEOUT_MILLIS)
     this.#settle()
     const open = this.#hostEnds.filter(({ connection }) => !connection.isOver).length
-    assert.strictEqual(this.#guest.session.size, open, "a connection that is over was kept")
+    check(this.#guest.session.size === open, "a connection that is over was kept")
     this.#guest.session.end()
     this.#checkOver()
     // A pair that was kept back is free after a while, and nothing else was ever taken.
     this.#guest.time += QUARANTINE_MILLIS + 1
-    assert.isDefined(this.#guest.hostPorts.findEphemeral(this.#guest.time))
-    assert.strictEqual(this.#guest.hostPorts.quarantined, 0)
-    for (const { connection } of this.#hostEnds) assert.isFalse(this.#guest.hostPorts.isActive(connection.local.port))
+    check(this.#guest.hostPorts.findEphemeral(this.#guest.time) !== undefined, "all ports are taken")
+    check(this.#guest.hostPorts.quarantined === 0, "ports are kept back for ever")
+    for (const { connection } of this.#hostEnds) {
+      check(!this.#guest.hostPorts.isActive(connection.local.port), "the port of a connection that is over is taken")
+    }
   }
 
   #checkOver(): void {
     for (const host of this.#hostEnds) {
-      assert.isTrue(host.connection.isOver)
-      assert.strictEqual(host.writesDone, host.writes, "a writer waits for ever")
+      check(host.connection.isOver, "a connection outlives its driver")
+      check(host.writesDone === host.writes, "a writer waits for ever")
     }
-    assert.strictEqual(this.#guest.session.size, 0)
+    check(this.#guest.session.size === 0, "a connection outlives its session")
   }
+}
+
+/** Plays schedules; the same seed plays the same. The smallest script that fails, in words, or `undefined`. */
+export const failingSchedule = (seed: number, count: number, beforeEach = () => true): string | undefined => {
+  const { counterexample, errorInstance, failed } = fc.check(
+    fc.property(script, (steps) => {
+      if (beforeEach()) new ConnectionModel().run(steps)
+    }),
+    { seed, numRuns: count }
+  )
+  if (!failed || counterexample === null) return undefined
+  return [
+    `The connections do not stand a schedule of the ${count} from seed ${seed}: ${String(errorInstance)}`,
+    ...counterexample[0].map((step) => `  ${JSON.stringify(step)}`)
+  ].join("\n")
 }

@@ -34,6 +34,7 @@ export class SessionGuest {
   /** Bytes that each of the guest's receive buffers takes. */
   bufferSize = 4096
   readonly #header = new VsockHeader()
+  #buffer = new Uint8Array(0)
 
   constructor(options: { readonly hasSeqpacket?: boolean } = {}) {
     this.session = new VsockSession({
@@ -88,8 +89,9 @@ export class SessionGuest {
   receive(limit = Number.POSITIVE_INFINITY): ReadonlyArray<Packet> {
     const packets: Array<Packet> = []
     this.session.turn(() => {
+      const buffer = this.#buffer.length === this.bufferSize ? this.#buffer : new Uint8Array(this.bufferSize)
+      this.#buffer = buffer
       while (packets.length < limit && this.session.hasPackets) {
-        const buffer = new Uint8Array(this.bufferSize)
         const written = this.session.send({
           readableBytes: 0,
           writableBytes: buffer.length,
@@ -117,8 +119,9 @@ export class SessionGuest {
   }
 }
 
+const header = new VsockHeader()
+
 const parse = (bytes: Uint8Array): Packet => {
-  const header = new VsockHeader()
   header.bytes.set(bytes.subarray(0, HEADER_SIZE))
   return {
     srcCid: header.srcCid,
