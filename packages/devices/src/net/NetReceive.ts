@@ -16,8 +16,6 @@ import type { ReceiveFilter } from "./ReceiveFilter.ts"
 
 /** The most buffers of one receive chain. Linux uses 19 for a frame of 64 KiB. */
 export const RECEIVE_BUFFERS_MAX = 256
-/** Room that the device offers while frames are no larger than this. */
-const SMALL_ROOM = 2048
 /** So many small frames in a row make the device offer room for small frames only. */
 const SMALL_FRAMES = 64
 
@@ -44,11 +42,15 @@ export class NetReceive {
   #room = 0
   /** Length of a frame in the held chains that the rate limit has not admitted yet; 0 when there is none. */
   #pending = 0
-  /** How many small frames in a row will do until only {@link SMALL_ROOM} is offered. */
+  /** How many small frames in a row will do until only {@link #smallRoom} is offered. */
   #large = 0
+
+  /** Room that is offered while no frame is larger: the largest without segments, for which drivers' buffers are made. */
+  readonly #smallRoom: number
 
   constructor(line: NetLine, filter: ReceiveFilter) {
     this.#line = line
+    this.#smallRoom = line.port.mtu + ETHERNET_HEADER_SIZE + VLAN_TAG_SIZE
     this.#filter = filter
   }
 
@@ -94,7 +96,7 @@ export class NetReceive {
     const frame = this.#frame
     let bytes = NET_BYTES_PER_TURN
     for (let frames = NET_FRAMES_PER_TURN; frames > 0 && bytes > 0; frames--) {
-      this.#fill(queue, this.#large > 0 ? FRAME_SIZE_MAX : SMALL_ROOM)
+      this.#fill(queue, this.#large > 0 ? FRAME_SIZE_MAX : this.#smallRoom)
       if (this.#count === 0) return queue.resumeNotifications()
       const length = this.#next()
       if (length === 0) return false
@@ -109,7 +111,7 @@ export class NetReceive {
         line.drop(Drop.NO_ROOM)
         continue
       }
-      if (length > SMALL_ROOM) this.#large = SMALL_FRAMES
+      if (length > this.#smallRoom) this.#large = SMALL_FRAMES
       else if (this.#large > 0) this.#large--
       bytes -= length
       if (!line.receiveThrottle.admit(length)) {

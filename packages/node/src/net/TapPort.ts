@@ -55,7 +55,7 @@ export class TapPort implements NetPort {
   readonly #vectors = new Uint32Array(new ArrayBuffer(IOVEC_MAX * IOVEC_SIZE))
   readonly #vectorsAddress: bigint
   readonly #header = new DataView(new ArrayBuffer(VNET_HEADER_SIZE))
-  readonly #headerAddress: number
+  #headerIsPlain = false
   /** A frame that had no room, and the end of one that is being received. */
   readonly #stage = new Uint8Array(new ArrayBuffer(FRAME_SIZE_MAX + 1))
   readonly #stageAddress: number
@@ -78,8 +78,8 @@ export class TapPort implements NetPort {
     this.accepts = options.offloads
     this.delivers = options.offloads
     this.#vectorsAddress = options.functions.addressOf(new Uint8Array(this.#vectors.buffer))
-    this.#headerAddress = Number(options.functions.addressOf(this.#header))
     this.#stageAddress = Number(options.functions.addressOf(this.#stage))
+    this.#setVector(0, Number(options.functions.addressOf(this.#header)), VNET_HEADER_SIZE)
   }
 
   /** The interface exists. */
@@ -130,14 +130,7 @@ export class TapPort implements NetPort {
 
   send(frame: NetFrame): boolean {
     if (!this.#open) return true
-    const header = this.#header
-    header.setUint8(Header.FLAGS, frame.flags)
-    header.setUint8(Header.GSO_TYPE, frame.gsoType)
-    header.setUint16(Header.HDR_LEN, frame.headerLength, true)
-    header.setUint16(Header.GSO_SIZE, frame.gsoSize, true)
-    header.setUint16(Header.CSUM_START, frame.checksumStart, true)
-    header.setUint16(Header.CSUM_OFFSET, frame.checksumOffset, true)
-    this.#setVector(0, this.#headerAddress, VNET_HEADER_SIZE)
+    this.#setHeader(frame)
     let count = Math.min(frame.count, PIECES_MAX)
     for (let i = 0; i < count; i++) this.#setPiece(i + 1, frame, i)
     if (count < frame.count) {
@@ -162,7 +155,6 @@ export class TapPort implements NetPort {
     if (this.#staged > 0) return this.#unstage(frame)
     if (!this.#open) return 0
     const count = Math.min(frame.count, PIECES_MAX)
-    this.#setVector(0, this.#headerAddress, VNET_HEADER_SIZE)
     let room = 0
     let vectors = 1
     for (let i = 0; i < count && room < FRAME_SIZE_MAX; i++) {
@@ -170,6 +162,7 @@ export class TapPort implements NetPort {
       room += frame.lengths[i] ?? 0
     }
     if (room < FRAME_SIZE_MAX) this.#setVector(vectors++, this.#stageAddress + room, this.#stage.length - room)
+    this.#headerIsPlain = false
     for (;;) {
       const result = this.#functions.readv(this.#fd, this.#vectorsAddress, vectors)
       if (result === -ErrnoNumber.EINTR) continue
@@ -193,6 +186,20 @@ export class TapPort implements NetPort {
 
   discard(): void {
     this.#staged = 0
+  }
+
+  /** Makes the header of a frame that is to be sent; most frames have the same one, which says nothing. */
+  #setHeader(frame: NetFrame): void {
+    const plain = frame.flags === 0 && frame.gsoType === 0
+    if (plain && this.#headerIsPlain) return
+    this.#headerIsPlain = plain
+    const header = this.#header
+    header.setUint8(Header.FLAGS, frame.flags)
+    header.setUint8(Header.GSO_TYPE, frame.gsoType)
+    header.setUint16(Header.HDR_LEN, frame.headerLength, true)
+    header.setUint16(Header.GSO_SIZE, frame.gsoSize, true)
+    header.setUint16(Header.CSUM_START, frame.checksumStart, true)
+    header.setUint16(Header.CSUM_OFFSET, frame.checksumOffset, true)
   }
 
   #unstage(frame: NetFrame): number {
