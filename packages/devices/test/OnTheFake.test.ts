@@ -34,11 +34,12 @@ const configOf = (program: GuestProgram.GuestProgram) => ({
 /** Runs a program to its end. `drive` is the host's part meanwhile. Returns how it ended and what it printed. */
 const runGuest = <E = never>(
   program: GuestProgram.GuestProgram,
-  drive: (lifecycle: GuestLifecycle["Service"]) => Effect.Effect<unknown, E> = () => Effect.void
+  drive: (lifecycle: GuestLifecycle["Service"]) => Effect.Effect<unknown, E> = () => Effect.void,
+  change: { readonly virtioPackedRing?: boolean } = {}
 ) =>
   Effect.gen(function*() {
     const lifecycle = yield* GuestLifecycle
-    yield* lifecycle.create(configOf(program))
+    yield* lifecycle.create({ ...configOf(program), ...change })
     const serial = yield* (yield* lifecycle.bind).getSerial
     const host = yield* Effect.forkChild(drive(lifecycle))
     const stop = yield* lifecycle.run
@@ -161,6 +162,27 @@ describe("The entropy device in a machine", () => {
       }),
       20
     )
+  })
+
+  it("works through a packed queue where its machine offers that", () => {
+    const program = GuestProgram.make(function*(cpu) {
+      const serial = new SerialDriver()
+      yield* serial.setUp(cpu)
+      const driver = yield* startVirtioMmio(cpu, entropyPlace(cpu), { memoryAddress: QUEUE_ADDRESS, packed: true })
+      // More than a lap around the ring.
+      for (let i = 1; i <= 40; i++) {
+        yield* driver.send(cpu, 0, [[{ address: DATA_ADDRESS, length: i, writable: true }]])
+        const { written } = yield* driver.receive(cpu, 0)
+        if (written !== i) throw new Error(`${written} bytes of ${i}`)
+      }
+      yield* serial.print(cpu, `${driver.queues.length} split of ${driver.rings.length}\n`)
+      yield* GuestAcpi.powerOff(cpu)
+    })
+    const logs = [false, true].map((virtioPackedRing) =>
+      Simulation.explore(Effect.provide(runGuest(program, undefined, { virtioPackedRing }), layerHost()), 10)
+        .map(({ log }) => log)
+    )
+    assert.deepStrictEqual(logs.map((all) => Array.from(new Set(all.flat()))), [["1 split of 1"], ["0 split of 1"]])
   })
 
   it("survives hostile drivers of every degree, and a correct one works after them", () => {

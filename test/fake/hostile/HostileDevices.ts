@@ -65,6 +65,8 @@ export interface HostileSubject {
 /** How the devices of a rig are reached. */
 export interface HostileChoices {
   readonly transport: "mmio" | "pci"
+  /** Whether the correct driver uses packed queues. */
+  readonly packed: boolean
 }
 
 const ALL = { low: 0xffff_ffff, high: 0xffff_fff8 }

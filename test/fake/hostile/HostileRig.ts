@@ -186,6 +186,8 @@ export class HostileRig {
   readonly #stage: HostileStage
   readonly #neighbour: OneDevice
   readonly #neighbourDriver = new VirtioMmioDriver(PLACE)
+  /** Whether the correct driver uses packed queues; the hostile one uses what it likes. */
+  readonly #packed: boolean
   #crashed: unknown
 
   constructor(make: MakeSubject, choices: HostileChoices) {
@@ -193,6 +195,7 @@ export class HostileRig {
       this.#crashed ??= cause
       throw cause
     }
+    this.#packed = choices.packed
     let subject: HostileSubject | undefined
     let one: OneDevice | undefined
     let neighbour: OneDevice | undefined
@@ -207,7 +210,7 @@ export class HostileRig {
         ])
         one = new OneDevice(watched(subject.device, crash), memory)
         const behaviour = yield* one.start({ pluggableMemory })
-        const other = yield* entropySubject({ transport: "mmio" })
+        const other = yield* entropySubject({ transport: "mmio", packed: false })
         const ownMemory = new MemoryRegion(0, new ArrayBuffer(NEIGHBOUR_MEMORY_SIZE))
         neighbour = new OneDevice(other.device, new GuestMemory([ownMemory]))
         const { run = Effect.never } = yield* neighbour.start()
@@ -280,15 +283,16 @@ export class HostileRig {
   *#works(): GuestRoutine {
     const { features, profile, request } = this.subject
     const queueSizes = correctQueueSizes(profile)
-    yield* this.#driver.start(this.#cpu, { memoryAddress: CORRECT_QUEUES, queueSizes, features })
+    const packed = this.#packed
+    yield* this.#driver.start(this.#cpu, { memoryAddress: CORRECT_QUEUES, queueSizes, features, packed })
     const { buffers, bytes, queue } = request(CORRECT_DATA)
     this.#cpu.memory.write(CORRECT_DATA, Uint8Array.from(bytes))
-    const head = this.#driver.queue(queue).add(buffers)
-    this.#driver.queue(queue).publish()
+    const head = this.#driver.ring(queue).add(buffers)
+    this.#driver.ring(queue).publish()
     yield* this.#driver.notify(this.#cpu, queue)
     for (let round = 0; round < ROUNDS_MAX; round++) {
       this.#round(round > 4)
-      const used = this.#driver.queue(queue).poll()
+      const used = this.#driver.ring(queue).poll()
       if (used?.head !== head) continue
       this.#rest()
       yield* this.#driver.reset(this.#cpu)

@@ -25,7 +25,8 @@ const subjectOf = (device: string) => {
 /** The rig that a case is played on. */
 export const rigOf = (seed: number): { readonly first: number; readonly choices: HostileChoices } => {
   const rig = Math.floor(seed / CASES_PER_RIG)
-  return { first: rig * CASES_PER_RIG, choices: { transport: rig % PCI_EVERY === PCI_EVERY - 1 ? "pci" : "mmio" } }
+  const transport = rig % PCI_EVERY === PCI_EVERY - 1 ? "pci" : "mmio"
+  return { first: rig * CASES_PER_RIG, choices: { transport, packed: Math.floor(rig / PCI_EVERY) % 2 === 1 } }
 }
 
 /** The script of a case. */
@@ -40,7 +41,7 @@ export const scriptOf = (device: string, seed: number): ReadonlyArray<HostileSte
 export interface HostileFailure {
   readonly device: string
   readonly seed: number
-  readonly transport: HostileChoices["transport"]
+  readonly choices: HostileChoices
   readonly cause: unknown
   /** The smallest script that was found to fail on a fresh rig; `undefined` when it takes the cases before this one. */
   readonly script: ReadonlyArray<HostileStep> | undefined
@@ -109,7 +110,7 @@ export const playCases = (
       return {
         device,
         seed: number,
-        transport: choices.transport,
+        choices,
         cause,
         script: alone ? shrink(device, choices, script) : undefined
       }
@@ -120,12 +121,12 @@ export const playCases = (
 
 /** A failure in words: what went wrong, the script, and how to repeat it. */
 export const describeFailure = (failure: HostileFailure): string => {
-  const { cause, device, script, seed, transport } = failure
+  const { cause, choices, device, script, seed } = failure
   const reasons: Array<string> = []
   for (let error = cause; error instanceof Error; error = error.cause) reasons.push(error.stack ?? error.message)
   const { first } = rigOf(seed)
   return [
-    `The device ${device} (virtio-${transport}) does not stand case ${seed}:`,
+    `The device ${device} (virtio-${choices.transport}) does not stand case ${seed}:`,
     reasons.length === 0 ? String(cause) : reasons.join("\ncaused by "),
     script === undefined
       ? `It takes the cases before it. Repeat it: npm run fuzz -- --device ${device} --seed ${first} --cases ${

@@ -1,6 +1,7 @@
 /** The deterministic fake: a hypervisor, guest programs, faults, traces and simulations for tests. See `docs/testing.md`. */
 export * as DeviceDefects from "./DeviceDefects.ts"
 export * as HostileVirtioDriver from "./drivers/HostileVirtioDriver.ts"
+export * as PackedQueueDriver from "./drivers/PackedQueueDriver.ts"
 export * as SerialDriver from "./drivers/SerialDriver.ts"
 export * as SplitQueueDriver from "./drivers/SplitQueueDriver.ts"
 export * as VirtioMmioDriver from "./drivers/VirtioMmioDriver.ts"

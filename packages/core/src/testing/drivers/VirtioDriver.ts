@@ -3,7 +3,8 @@
  * device. The transports' drivers add how the device is reached.
  */
 import type { AccessSize, GuestCpu, GuestRoutine } from "../GuestCpu.ts"
-import type { QueuePlace } from "./QueueDriver.ts"
+import { PackedQueueDriver, packedQueueMemory } from "./PackedQueueDriver.ts"
+import type { QueueDriver, QueuePlace } from "./QueueDriver.ts"
 import { type DriverBuffer, SplitQueueDriver, splitQueueMemory, type UsedChain } from "./SplitQueueDriver.ts"
 
 /** Bits of the device status. */
@@ -20,6 +21,8 @@ const INDIRECT_DESC = 1 << 28
 const EVENT_IDX = 1 << 29
 /** VIRTIO_F_VERSION_1, in the high half. */
 const VERSION_1 = 1
+/** VIRTIO_F_RING_PACKED, in the high half. */
+const RING_PACKED = 4
 const RESET_TRIES = 1000
 
 /** What a driver wants of a device. */
@@ -34,6 +37,8 @@ export interface VirtioDriverOptions {
   readonly indirect?: boolean
   /** Use event indices where they are offered. Default: `true`. */
   readonly eventIndex?: boolean
+  /** Use packed queues where they are offered. Default: `false`. */
+  readonly packed?: boolean
 }
 
 /** A field of a configuration space. */
@@ -46,6 +51,9 @@ export interface ConfigurationField {
 export abstract class VirtioDriver {
   /** What was negotiated. */
   features: { readonly low: number; readonly high: number } = { low: 0, high: 0 }
+  /** The queues, whatever their format. */
+  rings: ReadonlyArray<QueueDriver> = []
+  /** The same; none when they are packed. */
   queues: ReadonlyArray<SplitQueueDriver> = []
   /** How often the device has interrupted, and how often because of its configuration. */
   interrupts = 0
@@ -75,9 +83,16 @@ export abstract class VirtioDriver {
 
   // Not a generator: where only types are taken away, a field and a generator behind it would be one expression.
   /** A queue of the driver. */
+  ring(index: number): QueueDriver {
+    const ring = this.rings[index]
+    if (ring === undefined) throw new RangeError(`there is no queue ${index}`)
+    return ring
+  }
+
+  /** A split queue of the driver. */
   queue(index: number): SplitQueueDriver {
     const queue = this.queues[index]
-    if (queue === undefined) throw new RangeError(`there is no queue ${index}`)
+    if (queue === undefined) throw new RangeError(`there is no split queue ${index}`)
     return queue
   }
 
@@ -104,30 +119,43 @@ export abstract class VirtioDriver {
     const wanted = (options.features?.low ?? 0) | (options.indirect === false ? 0 : INDIRECT_DESC) |
       (options.eventIndex === false ? 0 : EVENT_IDX)
     const low = (offeredLow & wanted) >>> 0
-    const high = (offeredHigh & ((options.features?.high ?? 0) | VERSION_1)) >>> 0
+    const high = (offeredHigh &
+      ((options.features?.high ?? 0) & ~RING_PACKED | VERSION_1 | (options.packed === true ? RING_PACKED : 0))) >>> 0
     yield* this.acceptFeatures(cpu, 0, low)
     yield* this.acceptFeatures(cpu, 1, high)
     status |= VirtioStatus.FEATURES_OK
     yield* this.writeStatus(cpu, status)
     if (((yield* this.status(cpu)) & VirtioStatus.FEATURES_OK) === 0) throw new Error("the device refuses the features")
 
+    const packed = (high & RING_PACKED) !== 0
+    const rings: Array<QueueDriver> = []
     const queues: Array<SplitQueueDriver> = []
     let address = options.memoryAddress
     for (const [index, size] of (options.queueSizes ?? [16]).entries()) {
       const sizeMax = yield* this.queueSizeMax(cpu, index)
       if (sizeMax === 0) throw new Error(`the device has no queue ${index}`)
-      const queue = new SplitQueueDriver({
+      const place = {
         memory: cpu.memory,
         address,
         size: Math.min(size, sizeMax),
         indirect: (low & INDIRECT_DESC) !== 0,
         eventIndex: (low & EVENT_IDX) !== 0
-      })
-      address += splitQueueMemory(queue.size)
-      yield* this.enableQueue(cpu, index, queue)
-      queues.push(queue)
+      }
+      let ring: QueueDriver
+      if (packed) {
+        ring = new PackedQueueDriver(place)
+        address += packedQueueMemory(place.size)
+      } else {
+        const queue = new SplitQueueDriver(place)
+        queues.push(queue)
+        ring = queue
+        address += splitQueueMemory(place.size)
+      }
+      yield* this.enableQueue(cpu, index, ring)
+      rings.push(ring)
     }
     this.features = { low, high }
+    this.rings = rings
     this.queues = queues
     status |= VirtioStatus.DRIVER_OK
     yield* this.writeStatus(cpu, status)
@@ -140,7 +168,7 @@ export abstract class VirtioDriver {
     chains: ReadonlyArray<ReadonlyArray<DriverBuffer>>,
     indirect = false
   ): GuestRoutine<number> {
-    const driver = this.queue(queue)
+    const driver = this.ring(queue)
     let added = 0
     for (const chain of chains) {
       if (driver.add(chain, indirect) === undefined) break
@@ -152,7 +180,7 @@ export abstract class VirtioDriver {
 
   /** Waits by interrupts until the device has used a chain. */
   *receive(cpu: GuestCpu, queue: number): GuestRoutine<UsedChain> {
-    const driver = this.queue(queue)
+    const driver = this.ring(queue)
     for (;;) {
       const used = driver.poll()
       if (used !== undefined) return used
