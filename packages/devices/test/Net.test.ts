@@ -276,6 +276,21 @@ describe("Net", () => {
     )
   })
 
+  it.effect("takes a checksum that ends with the frame, and none that begins before the payload or ends behind it", () =>
+    Effect.gen(function*() {
+      const { harness, port, start } = yield* started({ accepts: OFFLOADS_ALL })
+      const driver = start({ features: [F.CSUM] })
+      const taken = (checksumStart: number, checksumOffset: number) => {
+        const before = port.sent.length
+        runGuest(driver.send(frameOf(100, 0), { ...PLAIN_HEADER, flags: 1, checksumStart, checksumOffset }))
+        harness.settle()
+        driver.reclaim()
+        return port.sent.length - before
+      }
+      assert.deepStrictEqual([13, 14, 34, 97, 98, 99, 100].map((at) => taken(at, 0)), [0, 1, 1, 1, 1, 0, 0])
+      assert.deepStrictEqual([0, 63, 64, 65, 66, 0xffff].map((offset) => taken(34, offset)), [1, 1, 1, 0, 0, 0])
+    }))
+
   it("loses chains that are too short for a frame, and too long", () => {
     fc.assert(
       fc.property(
