@@ -116,7 +116,7 @@ export const openGuestShell = Effect.fnUntraced(
       found = answer
       yield* serial.write(line)
       return yield* Deferred.await(answer).pipe(
-        Effect.timeout("90 seconds"),
+        Effect.timeout("4 minutes"),
         Effect.mapError(() => new ShellError({ command, code: undefined, output: text }))
       )
     })

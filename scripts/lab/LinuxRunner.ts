@@ -75,6 +75,8 @@ export interface LinuxRunnerOptions {
   readonly kernel?: string | undefined
   readonly signal?: AbortSignal | undefined
   readonly name?: string
+  /** A lab ends after this many seconds, see {@link Lab}. */
+  readonly limitSeconds?: number
 }
 
 /** Why this host's own KVM cannot boot Linux, in a line; undefined when it can, as far as looking can tell. */
@@ -238,7 +240,13 @@ export const openLinuxRunner = async (options: LinuxRunnerOptions = {}): Promise
       [Symbol.asyncDispose]: () => Promise.resolve()
     }
   }
-  const lab = await Lab.start({ progress, kernel: given, signal: options.signal, name: options.name ?? "lab" })
+  const lab = await Lab.start({
+    progress,
+    kernel: given,
+    signal: options.signal,
+    name: options.name ?? "lab",
+    ...(options.limitSeconds === undefined ? {} : { limitSeconds: options.limitSeconds })
+  })
   return {
     where: "in the nested lab",
     kernel,

@@ -32,7 +32,7 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
   let runner: LinuxRunner
 
   beforeAll(async () => {
-    runner = await openLinuxRunner({ name: "test-devices" })
+    runner = await openLinuxRunner({ name: "test-devices", limitSeconds: 1800 })
   })
 
   afterAll(async () => {
@@ -46,7 +46,7 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
       const outcome = await runner.runHost({
         source: "test/lab/hosts/Devices.ts",
         args: ["--transport", transport, ...(inLab ? ["--tap"] : [])],
-        timeoutSeconds: 600
+        timeoutSeconds: 800
       })
       process.stderr.write(`- all devices over virtio-${transport}: ${outcome.seconds.toFixed(1)} s\n`)
       assert.strictEqual(outcome.code, 0, outcome.output)

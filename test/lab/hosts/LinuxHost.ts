@@ -106,7 +106,7 @@ export const runHost = (
 export const until = <A, E, R>(
   ask: Effect.Effect<A, E, R>,
   wanted: (answer: A) => boolean,
-  tries = 60
+  tries = 240
 ): Effect.Effect<A, E | Error, R> =>
   Effect.gen(function*() {
     let answer = yield* ask
