@@ -14,11 +14,14 @@ import * as Stream from "effect/Stream"
 import * as TestClock from "effect/testing/TestClock"
 import * as fc from "fast-check"
 import { NetLine, type NetLineOptions } from "../src/net/NetLine.ts"
+import { NetReceive } from "../src/net/NetReceive.ts"
 import { NET_FRAMES_PER_TURN } from "../src/net/NetTransmit.ts"
+import { ReceiveFilter } from "../src/net/ReceiveFilter.ts"
 import { withSoftwareOffloads } from "../src/net/SoftwareOffloads.ts"
 import { virtioNet } from "../src/net/VirtioNet.ts"
 import { makeThrottle } from "../src/Throttle.ts"
 import { virtioMmio } from "../src/virtio/VirtioMmio.ts"
+import type { Virtqueue } from "../src/virtio/Virtqueue.ts"
 import { DeviceHarness } from "./DeviceHarness.ts"
 import { FakePort, type FakePortOptions } from "./FakePort.ts"
 import { HARNESS_PLACE, harnessCpu, runGuest } from "./HarnessCpu.ts"
@@ -495,6 +498,50 @@ describe("Net", () => {
       for (const length of [1518, 1519, 1514]) port.put(frameOf(length, 1))
       harness.settle()
       assert.deepStrictEqual([driver.poll()?.bytes.length, driver.poll()?.bytes.length], [1518, 1514])
+    }))
+
+  it.effect("holds no more buffers than the frames of late have needed", () =>
+    Effect.gen(function*() {
+      const port = new FakePort()
+      const line = yield* NetLine.make({ index: 0, name: "net0", macAddress: MAC, port })
+      const region = new MemoryRegion(0, new ArrayBuffer(0x1_0000))
+      let held = 0
+      const queue: Virtqueue = {
+        size: 64,
+        fault: undefined,
+        inFlight: 0,
+        take: (chain) => {
+          chain.clear()
+          chain.head = held++
+          chain.add(region, 0, 1600, true)
+          return true
+        },
+        complete: (chain) => {
+          held--
+          chain.clear()
+        },
+        publish: () => false,
+        suppressNotifications: () => undefined,
+        resumeNotifications: () => false,
+        reject: () => undefined,
+        close: () => undefined
+      }
+      const receive = new NetReceive(line, new ReceiveFilter(line.macBytes))
+      receive.start(queue, true, Offload.CHECKSUM | Offload.TSO4, undefined)
+      const frames = (count: number, length: number) => {
+        for (let i = 0; i < count; i++) port.waiting.push({ bytes: frameOf(length, i), header: PLAIN_HEADER })
+        while (receive.turn());
+        assert.strictEqual(port.waiting.length, 0)
+      }
+      frames(200, 100)
+      assert.strictEqual(held, 1)
+      port.waiting.push({ bytes: frameOf(20_000, 0), header: SEGMENTED })
+      while (receive.turn());
+      assert.isAtMost(held, 41)
+      // Many small frames use up what is held, and no more is taken.
+      frames(300, 100)
+      assert.strictEqual(held, 1)
+      receive.stop()
     }))
 
   it.effect("leaves frames in the port while the driver has given no buffers", () =>
