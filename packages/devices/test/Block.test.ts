@@ -484,9 +484,7 @@ describe("makeVolatileBackend", () => {
               // Part of it may have been done: that is what a failed write is.
               const now = new Uint8Array(length)
               disk.read(offset, [now], () => undefined)
-              for (let i = 0; i < length; i++) {
-                assert.isTrue(now[i] === bytes[i] || now[i] === model[offset + i])
-              }
+              assert.isTrue(now.every((byte, i) => byte === bytes[i] || byte === model[offset + i]))
               model.set(now, offset)
               continue
             }
