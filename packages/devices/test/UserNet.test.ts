@@ -48,6 +48,36 @@ const refused = (test: NetworkUnderTest): void => {
 }
 
 describe("UserNet", () => {
+  it("goes on with the next device after one that failed in the middle of a frame", () => {
+    const test = new NetworkUnderTest()
+    test.decide = () => {
+      throw new Error("the test says so")
+    }
+    assert.throws(() => test.send(udp(1000, 2000, text("lost"), { destination: REMOTE })))
+    test.told = 0
+    // A datagram of the host comes on its own.
+    const forwarded = { send: () => {}, close: () => {} }
+    test.decide = (_, answer) => {
+      answer(allow)
+      return () => {}
+    }
+    test.net.acceptUdp(text("hello"), { address: "127.0.0.1", port: 9 }, 53, new Map(), forwarded)
+    assert.strictEqual(test.told, 1)
+    assert.isDefined(test.receive())
+  })
+
+  it("asks the guest again for a connection whose SYN was lost while its link was down", () => {
+    const test = new NetworkUnderTest()
+    const socket = new FakeTcp({ address: "127.0.0.1", port: 9 }, undefined)
+    socket.events = test.net.acceptTcp(socket, { address: "127.0.0.1", port: 9 }, 22)
+    const nothing = new NetFrame()
+    assert.isBelow(test.net.receive(nothing), 0)
+    test.net.discard()
+    assert.strictEqual(test.net.receive(nothing), 0)
+    test.pass(5000)
+    assert.strictEqual(parseTcp(test.receive()!.bytes).flags, SYN)
+  })
+
   it("answers ARP for the gateway and the name server, and for nobody else", () => {
     const test = new NetworkUnderTest()
     for (const address of [GATEWAY, NAMESERVER]) {

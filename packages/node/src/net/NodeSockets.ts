@@ -274,7 +274,8 @@ const bindUdp = (
       })
     })
     const send = (to: HostEndpoint, bytes: Uint8Array): void => {
-      if (all.has(entry)) socket.send(bytes, to.port, to.address, () => {})
+      // A datagram may come from port 0, to which there is no way back.
+      if (to.port !== 0 && all.has(entry)) socket.send(bytes, to.port, to.address, () => {})
     }
     return { address, send }
   })

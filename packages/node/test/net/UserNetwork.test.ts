@@ -2,7 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { NetBackend } from "@troupe/core/NetBackend"
 import { EntropySource } from "@troupe/devices/EntropySource"
-import { type HostEndpoint } from "@troupe/devices/net/user/HostSockets"
+import { type HostEndpoint, HostSockets } from "@troupe/devices/net/user/HostSockets"
 import { allow, allowNetworks, type NetConnection, type NetPolicy, redirect } from "@troupe/devices/net/user/NetPolicy"
 import { layerUserNet, type UserNetBackendOptions } from "@troupe/devices/net/user/UserNetBackend"
 import * as Deferred from "effect/Deferred"
@@ -261,6 +261,18 @@ describe("user-mode network", () => {
       guest.datagram(text("lost"), 7)
       yield* Effect.sleep("5 millis")
       assert.deepStrictEqual(guest.datagrams, [])
+    }))
+
+  it.live("loses an answer to a sender that has no port, as a datagram may say", () =>
+    Effect.gen(function*() {
+      const sockets = yield* HostSockets.pipe(Effect.provide(yield* Layer.build(layerWith({}))))
+      const heard: Array<number> = []
+      const other = yield* sockets.bindUdp({ address: "127.0.0.1", port: 0 }, (bytes) => void heard.push(bytes.length))
+      const server = yield* sockets.bindUdp({ address: "127.0.0.1", port: 0 }, () => {})
+      server.send({ address: "127.0.0.1", port: 0 }, Uint8Array.of(1, 2))
+      server.send(other.address, Uint8Array.of(1))
+      yield* until(() => heard.length === 1)
+      assert.deepStrictEqual(heard, [1])
     }))
 
   it.live("says which port of the host is taken", () =>

@@ -107,8 +107,12 @@ export class UserNet implements NetPort {
   readonly send = (frame: NetFrame): boolean => {
     if (this.#closed) return true
     this.#inside = true
-    this.#receiveFrame(frame)
-    this.#inside = false
+    try {
+      this.#receiveFrame(frame)
+    } finally {
+      // The network outlives the device: a defect is the end of one frame here.
+      this.#inside = false
+    }
     return true
   }
 
@@ -116,10 +120,13 @@ export class UserNet implements NetPort {
 
   readonly receive = (frame: NetFrame): number => {
     this.#inside = true
-    const length = this.#takeNext(frame)
-    this.#inside = false
-    if (length === 0) this.#armed = true
-    return length
+    try {
+      const length = this.#takeNext(frame)
+      if (length === 0) this.#armed = true
+      return length
+    } finally {
+      this.#inside = false
+    }
   }
 
   readonly discard = (): void => {

@@ -144,14 +144,22 @@ export class UserTcp implements TcpFlowOwner {
     }
   }
 
-  /** There is no room for the next segment: from now on segments are as large as the room that there is, or wait if there is none. */
+  /**
+   * There is no room for the next segment: from now on segments are as large as the room that there is. One that finds no room
+   * at all is lost as on a wire, and repeated as such.
+   */
   discard(): void {
     if (this.#largeRefused) {
       this.#smallRoom = true
       return
     }
     const last = this.#lastReady
-    if (last?.nextReady !== undefined) this.#unqueue(last, last.nextReady)
+    const flow = last?.nextReady
+    if (last === undefined || flow === undefined) return
+    this.#unqueue(last, flow)
+    const { connection } = flow
+    connection.take(this.#plan, connection.next(this.#link.payloadMax(connection)), this.#host.now())
+    this.changed(flow)
   }
 
   /** The offloads have changed, and with them the room perhaps. */
