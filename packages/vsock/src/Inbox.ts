@@ -52,6 +52,11 @@ export class Inbox {
     return this.#messages.length - this.#firstMessage
   }
 
+  /** The size of all chunks, in bytes. */
+  get memory(): number {
+    return this.#chunks.reduce((sum, chunk) => sum + chunk.buffer.byteLength, 0)
+  }
+
   /** Takes bytes of a stream: a chunk of them. `undefined` when there are none. */
   take(): Uint8Array | undefined {
     const first = this.#chunks[0]

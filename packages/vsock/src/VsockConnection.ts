@@ -145,6 +145,11 @@ export class VsockConnection {
     return this.#inbox.length
   }
 
+  /** The size of the memory that holds what was not read yet, in bytes. */
+  get memory(): number {
+    return this.#inbox.memory
+  }
+
   /** What an acceptor is asked. */
   get request(): VsockConnectionRequest {
     return { srcCid: this.peer.cid, srcPort: this.peer.port, port: this.local.port, type: this.type }

@@ -126,6 +126,11 @@ export class VsockSession {
     return all
   }
 
+  /** The number of packets and of connections that wait for the guest's buffers. */
+  get waiting(): number {
+    return this.#resets.length + this.#urgent.length + this.#ready.length
+  }
+
   /** The number of entries for connections that wait for the guest's RST, or have. */
   get closing(): number {
     return this.#closing.length

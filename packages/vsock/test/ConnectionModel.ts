@@ -95,6 +95,9 @@ interface HostEnd {
   hasReset: boolean
   /** Lengths of the messages that the host has sent, as far as the guest has not received them. */
   readonly messages: Array<number>
+  /** Somebody waits for input, or for the end. */
+  readerWaits: boolean
+  endHeard: number
 }
 
 /** The commands of a script. */
@@ -118,6 +121,8 @@ export const COMMANDS = [
   "hostCloses",
   "hostResets",
   "hostTakesBack",
+  "hostWaits",
+  "hostWaitsNoMore",
   "packetsArriveAtHost",
   "packetsArriveAtGuest",
   "timePasses",
@@ -160,6 +165,7 @@ export class ConnectionModel {
   #toGuest: Array<Packet> = []
   #nextGuestPort = 1000
   #takeBacks: Array<() => void> = []
+  readonly #waiters = new Map<HostEnd, () => void>()
 
   /** Runs a script, then lets everything come to its end, and checks what has become of it. */
   run(steps: ReadonlyArray<Step>): void {
@@ -233,6 +239,23 @@ export class ConnectionModel {
         return host.connection.reset()
       case "hostTakesBack":
         this.#takeBacks.pop()?.()
+        return
+      case "hostWaits":
+        if (host === undefined || host.readerWaits || host.connection.end !== "open") return
+        this.#hostReads(host)
+        host.readerWaits = true
+        this.#waiters.set(
+          host,
+          host.connection.awaitInput(() => {
+            check(host.readerWaits, "a reader is woken who does not wait any more")
+            host.readerWaits = false
+          })
+        )
+        return
+      case "hostWaitsNoMore":
+        if (host?.readerWaits !== true) return
+        this.#waiters.get(host)?.()
+        host.readerWaits = false
         return
       case "packetsArriveAtHost":
         for (const packet of this.#toHost.splice(0, 1 + amount % 8)) packet()
@@ -316,8 +339,11 @@ export class ConnectionModel {
       hasShutSend: false,
       hasClosed: false,
       hasReset: false,
-      messages: []
+      messages: [],
+      readerWaits: false,
+      endHeard: 0
     }
+    connection.awaitOver(() => end.endHeard++)
     this.#hostEnds.push(end)
     return end
   }
@@ -508,7 +534,11 @@ export class ConnectionModel {
 
   /** What always holds. */
   #check(): void {
-    for (const { connection } of this.#hostEnds) {
+    this.#guest.session.turn(() => {})
+    for (const { connection, endHeard, readerWaits } of this.#hostEnds) {
+      const hasInput = connection.end !== "open" || (connection.type === "stream" && connection.unread > 0)
+      check(!readerWaits || !hasInput, "a reader waits although there is something to read, or an end")
+      check(endHeard === (connection.isOver ? 1 : 0), "the end of a connection is told once")
       check(connection.unread <= connection.bufAlloc, "more waits than the guest has credit for")
     }
   }
@@ -574,6 +604,8 @@ export class ConnectionModel {
   #checkOver(): void {
     for (const host of this.#hostEnds) {
       check(host.connection.isOver, "a connection outlives its driver")
+      check(host.endHeard === 1, "the end of a connection was not told")
+      check(!host.readerWaits, "a reader waits for ever")
       check(host.writesDone === host.writes, "a writer waits for ever")
     }
     check(this.#guest.session.size === 0, "a connection outlives its session")
