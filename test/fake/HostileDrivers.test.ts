@@ -179,7 +179,7 @@ describe("A device that", () => {
     let count = 0
     const found = findings(
       brokenDevice((chain) => {
-        if (++count % 100 === 0) chain.clear()
+        if (++count % 7 === 0) chain.clear()
       }),
       100
     )

@@ -15,14 +15,17 @@ import {
   blockProfile,
   consoleProfile,
   entropyProfile,
-  HOSTILE_MEM_ADDRESS,
-  HOSTILE_MEM_BLOCK,
-  HOSTILE_MEM_BLOCKS,
   memProfile,
   netProfile,
   vsockProfile
 } from "@troupe/core/testing/drivers/HostileProfiles"
-import { HOSTILE_QUEUES_MAX, type HostileProfile } from "@troupe/core/testing/drivers/HostileScript"
+import {
+  HOSTILE_MEM_ADDRESS,
+  HOSTILE_MEM_BLOCK,
+  HOSTILE_MEM_BLOCKS,
+  HOSTILE_QUEUES_MAX,
+  type HostileProfile
+} from "@troupe/core/testing/drivers/HostileScript"
 import type { DriverBuffer } from "@troupe/core/testing/drivers/QueueDriver"
 import { layerBalloon } from "@troupe/devices/Balloon"
 import { layerBlock } from "@troupe/devices/Block"

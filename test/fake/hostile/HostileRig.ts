@@ -7,12 +7,14 @@ import type { Device, DeviceBehaviour } from "@troupe/core/Device"
 import { GuestMemory, MemoryRegion } from "@troupe/core/GuestMemory"
 import type { PluggableMemory } from "@troupe/core/Hypervisor"
 import { Simulation } from "@troupe/core/testing"
+
 import {
   HOSTILE_MEM_ADDRESS,
   HOSTILE_MEM_BLOCK,
-  HOSTILE_MEM_BLOCKS
-} from "@troupe/core/testing/drivers/HostileProfiles"
-import { HostileLayout, type HostileStep } from "@troupe/core/testing/drivers/HostileScript"
+  HOSTILE_MEM_BLOCKS,
+  HostileLayout,
+  type HostileStep
+} from "@troupe/core/testing/drivers/HostileScript"
 import { type HostileStage, playHostile } from "@troupe/core/testing/drivers/HostileVirtioDriver"
 import { type VirtioDriver, VirtioStatus } from "@troupe/core/testing/drivers/VirtioDriver"
 import { VirtioMmioDriver } from "@troupe/core/testing/drivers/VirtioMmioDriver"

@@ -1,6 +1,12 @@
 /** What a hostile driver knows of each type of device: what its requests look like (virtio 1.3, chapter 5). */
 import { type Choice, fields } from "./HostileChoice.ts"
-import type { HostileBuffer, HostileProfile } from "./HostileScript.ts"
+import {
+  HOSTILE_MEM_ADDRESS,
+  HOSTILE_MEM_BLOCK,
+  HOSTILE_MEM_BLOCKS,
+  type HostileBuffer,
+  type HostileProfile
+} from "./HostileScript.ts"
 
 const readable = (bytes: ReadonlyArray<number>, length = bytes.length): HostileBuffer => ({
   length,
@@ -47,13 +53,6 @@ export const balloonProfile: HostileProfile = {
     }
   }
 }
-
-/** Where the memory device of a fuzzed machine has its region. */
-export const HOSTILE_MEM_ADDRESS = 2 ** 33
-/** Its blocks. */
-export const HOSTILE_MEM_BLOCK = 0x1_0000
-/** How many. */
-export const HOSTILE_MEM_BLOCKS = 16
 
 /** The memory device: plug, unplug, unplug all, state. */
 export const memProfile: HostileProfile = {

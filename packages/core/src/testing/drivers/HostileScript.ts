@@ -87,6 +87,13 @@ export type HostileStep =
   /** Has another device's correct driver do something. */
   | { readonly do: "neighbour" }
 
+/** Where the memory device of a fuzzed machine has its region. */
+export const HOSTILE_MEM_ADDRESS = 2 ** 33
+/** Its blocks. */
+export const HOSTILE_MEM_BLOCK = 0x1_0000
+/** How many. */
+export const HOSTILE_MEM_BLOCKS = 16
+
 const NEXT = 1
 const WRITE = 2
 const INDIRECT = 4
@@ -148,6 +155,10 @@ const ADDRESSES = [
   2 ** 32 - 16,
   2 ** 32,
   2 ** 32 + 0x1_0000 - 8,
+  // Where the memory device of a fuzzed machine has its region, and inside it.
+  HOSTILE_MEM_ADDRESS,
+  HOSTILE_MEM_ADDRESS + HOSTILE_MEM_BLOCK - 8,
+  HOSTILE_MEM_ADDRESS + 3 * HOSTILE_MEM_BLOCK,
   2 ** 52 - 4096,
   2 ** 52,
   2 ** 63,
