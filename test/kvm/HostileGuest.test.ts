@@ -16,14 +16,32 @@ const KICKS = 20_000
 const REGISTER_WRITES = 2000
 /** Lines that a device logs about its drivers. */
 const REPORTS_MAX = 16
-const ROUNDS = 10
+const ROUNDS = 5
 /** What a process may have grown by for other reasons, in bytes. */
 const MEMORY_SLACK = 64 * 2 ** 20
 
 const MACHINES = [
-  { cpus: 1, virtioTransport: "mmio" },
-  { cpus: 2, virtioTransport: "pci" }
+  { cpus: 1, virtioTransport: "mmio", virtioPackedRing: false },
+  { cpus: 1, virtioTransport: "mmio", virtioPackedRing: true },
+  { cpus: 2, virtioTransport: "pci", virtioPackedRing: false }
 ] as const
+
+/** What needs links between descriptors, indices of rings, or flags in tables, which packed queues do not have; or is not tried on them. */
+const ONLY_SPLIT = new Set([
+  "loop",
+  "self",
+  "next",
+  "head",
+  "jump",
+  "back",
+  "nested",
+  "table-loop",
+  "rings-outside",
+  "rings-overlap",
+  "reset",
+  "stop-queue",
+  "change"
+])
 
 const NEEDS_RESET = [
   "loop",
@@ -120,7 +138,13 @@ const targets: ReadonlyArray<Target> = [
 ]
 
 const cases = targets.flatMap((target) =>
-  MACHINES.map(({ cpus, virtioTransport }) => ({ name: target.name, cpus, virtioTransport, attacked: target }))
+  MACHINES.map(({ cpus, virtioPackedRing, virtioTransport }) => ({
+    name: target.name,
+    attacked: target,
+    cpus,
+    virtioPackedRing,
+    virtioTransport
+  }))
 )
 
 /** Frames come back to who sent them. */
@@ -134,11 +158,16 @@ const lifecycle = GuestLifecycle.layer.pipe(
 describe.skipIf(kvmObstacle !== undefined)(onKvm("a hostile guest"), () => {
   it.layer(lifecycle, isolated)((it) => {
     it.effect.each(cases)(
-      "does its worst to $name, and the rest goes on: $cpus vCPU, $virtioTransport",
-      ({ attacked: { config: fields, line, target, words }, cpus, virtioTransport }) =>
+      "does its worst to $name, and the rest goes on: $cpus vCPU, $virtioTransport, packed $virtioPackedRing",
+      ({ attacked: { config: fields, line, target, words }, cpus, virtioPackedRing, virtioTransport }) =>
         Effect.gen(function*() {
           const lines = yield* runGuest(
-            config(`target=${target} hostile ${words ?? ""}`, { ...fields, cpus, virtioTransport })
+            config(`${virtioPackedRing ? "packed" : "split"} target=${target} hostile ${words ?? ""}`, {
+              ...fields,
+              cpus,
+              virtioPackedRing,
+              virtioTransport
+            })
           ).pipe(Effect.provide(Logger.layer([])))
           // Where there is another device, it works after each attack.
           const end = target === "4" ? ", recovered" : ", recovered, other device works"
@@ -146,7 +175,10 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("a hostile guest"), () => {
             const [, attack, seen] = /^hostile ([\w-]+) (.*)$/.exec(text) ?? []
             return attack === undefined || seen?.endsWith(end) !== true ? [] : [[attack, seen.slice(0, -end.length)]]
           }))
-          for (const [attack, seen] of SEEN) assert.match(outcomes.get(attack) ?? "nothing", seen, attack)
+          for (const [attack, seen] of SEEN) {
+            if (virtioPackedRing && ONLY_SPLIT.has(attack)) continue
+            assert.match(outcomes.get(attack) ?? "nothing", seen, attack)
+          }
           assert.include(lines, "hostile done")
           if (line !== undefined) assert.include(lines, line)
         })

@@ -56,7 +56,14 @@ static bool is_pci(void) { return target.transport == &virtio_pci; }
 
 /* ---- chains ----------------------------------------------------------------------------------------------------- */
 
+static u32 put_count; /* descriptors of a packed chain */
+
 static void put(u32 index, u64 addr, u32 len, u32 flags, u32 next) {
+  if (queue->packed) {
+    packed_put(queue, index, addr, len, (u16)flags);
+    if (index >= put_count) put_count = index + 1;
+    return;
+  }
   volatile struct virtq_desc *desc = &queue->desc[index];
   desc->addr = addr;
   desc->len = len;
@@ -65,6 +72,11 @@ static void put(u32 index, u64 addr, u32 len, u32 flags, u32 next) {
 }
 
 static void offer(u32 head) {
+  if (queue->packed) {
+    packed_offer(queue, put_count);
+    put_count = 0;
+    return;
+  }
   queue->avail->ring[queue->next_avail & (queue->size - 1)] = (u16)head;
   barrier();
   queue->avail->idx = ++queue->next_avail;
@@ -77,7 +89,7 @@ static const char *verdict(u32 count) {
   kick();
   for (u32 ms = 0; ms < VERDICT_MS; ms++) {
     if (virtio_needs_reset(&target)) return "needs-reset";
-    if (queue->used->idx == (u16)count) return "served";
+    if (queue->packed ? packed_pending(queue) : queue->used->idx == (u16)count) return "served";
     wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, 1);
   }
   return "ignored";
@@ -163,16 +175,19 @@ static const char *back(void) {
 
 /* ---- tables of descriptors -------------------------------------------------------------------------------------- */
 
+/* Each entry writes one byte. In a packed table the last two fields change places, and there are no links. */
 static struct virtq_desc *table(u32 entries) {
   struct virtq_desc *at = heap_take(sizeof *at * entries, PAGE);
   for (u32 i = 0; at && i < entries; i++)
-    at[i] = (struct virtq_desc){(u64)data, 1, DESC_WRITE | (i + 1 < entries ? DESC_NEXT : 0), (u16)(i + 1)};
+    at[i] = queue->packed
+                ? (struct virtq_desc){(u64)data, 1, 0, DESC_WRITE}
+                : (struct virtq_desc){(u64)data, 1, DESC_WRITE | (i + 1 < entries ? DESC_NEXT : 0), (u16)(i + 1)};
   return at;
 }
 
 static const char *table_verdict(const void *at, u32 size, u32 flags) {
   put(0, (u64)at, size, flags, 1);
-  put(1, (u64)data, 16, DESC_WRITE, 0);
+  if (flags & DESC_NEXT) put(1, (u64)data, 16, DESC_WRITE, 0);
   return chain_verdict();
 }
 
@@ -410,38 +425,39 @@ static const char *change_in_flight(void) {
 static const struct attack {
   const char *name;
   const char *(*run)(void);
+  bool packed; /* also on a packed queue: it has no links and indices, and its tables no flags */
 } attacks[] = {
-    {"loop", loop},
-    {"self", self},
-    {"wrap", wrap},
-    {"cross", cross},
-    {"outside", outside},
-    {"mmio", mmio},
-    {"length", length},
-    {"direction", direction},
-    {"next", next},
-    {"head", head},
-    {"jump", jump},
-    {"back", back},
-    {"nested", nested},
-    {"table-next", table_next},
-    {"table-size", table_size},
-    {"table-empty", table_empty},
-    {"table-huge", table_huge},
-    {"table-outside", table_outside},
-    {"table-loop", table_loop},
-    {"rings-outside", rings_outside},
-    {"rings-overlap", rings_overlap},
-    {"late-queue", late_queue},
-    {"features", features},
-    {"status", status},
-    {"registers", registers},
-    {"config", config},
-    {"notify", notify},
-    {"storm", storm},
-    {"reset", reset},
-    {"stop-queue", stop_queue},
-    {"change", change_in_flight},
+    {"loop", loop, false},
+    {"self", self, false},
+    {"wrap", wrap, true},
+    {"cross", cross, true},
+    {"outside", outside, true},
+    {"mmio", mmio, true},
+    {"length", length, true},
+    {"direction", direction, true},
+    {"next", next, false},
+    {"head", head, false},
+    {"jump", jump, false},
+    {"back", back, false},
+    {"nested", nested, false},
+    {"table-next", table_next, true},
+    {"table-size", table_size, true},
+    {"table-empty", table_empty, true},
+    {"table-huge", table_huge, true},
+    {"table-outside", table_outside, true},
+    {"table-loop", table_loop, false},
+    {"rings-outside", rings_outside, false},
+    {"rings-overlap", rings_overlap, false},
+    {"late-queue", late_queue, true},
+    {"features", features, true},
+    {"status", status, true},
+    {"registers", registers, true},
+    {"config", config, true},
+    {"notify", notify, true},
+    {"storm", storm, true},
+    {"reset", reset, false},
+    {"stop-queue", stop_queue, false},
+    {"change", change_in_flight, false},
 };
 #define ATTACKS (sizeof attacks / sizeof *attacks)
 
@@ -486,7 +502,7 @@ static void run(const char *name) {
   start_other();
   bool found = false;
   for (u32 i = 0; i < ATTACKS; i++) {
-    if (name && !str_equal(name, attacks[i].name)) continue;
+    if (name ? !str_equal(name, attacks[i].name) : virtio_packed && !attacks[i].packed) continue;
     attack(&attacks[i]);
     found = true;
   }
@@ -507,9 +523,6 @@ bool hostile(const char *word) {
   }
   value = after_prefix(word, "hostile");
   if (!value || (*value && *value != '=')) return false;
-  bool packed = virtio_packed;
-  virtio_packed = false; /* the attacks are on split queues */
   run(*value ? value + 1 : NULL);
-  virtio_packed = packed;
   return true;
 }

@@ -189,6 +189,10 @@ void packed_take(struct virtq *queue, u64 *token, u32 *written);
 void packed_arm(struct virtq *queue);
 void packed_take_kept(struct virtq *queue);
 void packed_add_kept(struct virtq *queue, u32 id);
+/* For a driver that breaks the rules: writes a descriptor without making it available, and makes all those of a chain available
+ * whose first one is at the queue's first entry, as the first thing that is done with the queue. */
+void packed_put(struct virtq *queue, u32 index, u64 addr, u32 len, u16 flags);
+void packed_offer(struct virtq *queue, u32 count);
 
 /* Memory for rings and buffers: RAM behind the image, not cleared. NULL when there is no more. It is all given back before each
  * word of the command line. */

@@ -167,3 +167,18 @@ void packed_arm(struct virtq *queue) {
   if (queue->event_index) packed->driver->desc = (u16)(packed->used | (packed->used_wrap ? EVENT_WRAP : 0));
   barrier();
 }
+
+void packed_put(struct virtq *queue, u32 index, u64 addr, u32 len, u16 flags) {
+  volatile struct packed_desc *desc = &queue->packed->ring[index];
+  desc->addr = addr;
+  desc->len = len;
+  desc->id = 0;
+  desc->flags = flags;
+}
+
+void packed_offer(struct virtq *queue, u32 count) {
+  while (count--) {
+    barrier();
+    queue->packed->ring[count].flags |= DESC_AVAIL;
+  }
+}
