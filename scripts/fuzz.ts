@@ -1,5 +1,7 @@
 // `npm run fuzz`: hostile drivers against every virtio device, as many as wanted. The same seed does the same.
 import { parseArgs } from "node:util"
+// The model of the socket device's tests: no part of any package.
+// oxlint-disable-next-line eslint/no-restricted-imports
 import { failingSchedule } from "../packages/vsock/test/ConnectionModel.ts"
 import {
   CASE_HEAP_MAX,

@@ -194,15 +194,15 @@ describe("SoftwareOffloads", () => {
         const port = new FakePort()
         port.room = room
         const outer = withSoftwareOffloads(port)
-        let writable = 0
-        outer.listen({ readable: () => undefined, linkChanged: () => undefined, writable: () => writable++ })
+        const told = { writable: 0 }
+        outer.listen({ readable: () => undefined, linkChanged: () => undefined, writable: () => told.writable++ })
         for (const packet of list) {
           const { bytes, header } = build(packet)
           const frame = frameOf(bytes, header, splits)
           while (!outer.send(frame)) {
-            const before = writable
+            const before = told.writable
             // Segments go out first; then the frame that was refused is asked for.
-            for (let tries = 0; writable === before && tries < 2000; tries++) port.makeRoom(room)
+            for (let tries = 0; told.writable === before && tries < 2000; tries++) port.makeRoom(room)
           }
           bytes.fill(0)
         }

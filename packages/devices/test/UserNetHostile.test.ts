@@ -23,7 +23,7 @@ import {
 } from "./net/ReferenceGuest.ts"
 
 /** Scripts that are played; a long run asks for more. */
-const RUNS = Number(process.env.USER_NET_RUNS ?? 80)
+const RUNS = Number(process.env["USER_NET_RUNS"] ?? 80)
 const BUFFER = 0x4000
 const CONNECTIONS = 8
 const FLOWS = 6

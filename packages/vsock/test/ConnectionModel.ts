@@ -467,7 +467,7 @@ export class ConnectionModel {
     end.hostBufAlloc = packet.bufAlloc
     end.hostFwdCnt = packet.fwdCnt
     check(packet.fwdCnt <= end.sent, "the host has read what was not sent")
-    check(packet.type === 1 === !end.isSeqpacket, "a packet of another type")
+    check((packet.type === 1) !== end.isSeqpacket, "a packet of another type")
     switch (packet.op) {
       case Op.RESPONSE:
         check(end.state === "asking", "an answer that nobody has asked for")

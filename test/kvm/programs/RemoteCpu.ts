@@ -67,7 +67,7 @@ const code = (): Uint8Array => {
     ...[0x8b, 0x14, 0x25, ...word(MAILBOX + 8)] // mov edx, [value]
   ]
   // Each: dec eax; jnz the next one; the body; jmp done.
-  const parts = bodies.map((body) => [0xff, 0xc8, 0x75, body.length + 2, ...body, 0xeb, 0])
+  const parts = bodies.map((body) => [0xff, 0xc8, 0x75, body.length + 2].concat(body, 0xeb, 0))
   const rest = (index: number) => parts.slice(index + 1).reduce((sum, part) => sum + part.length, 0)
   parts.forEach((part, index) => {
     part[part.length - 1] = rest(index)

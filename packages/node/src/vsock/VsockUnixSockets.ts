@@ -88,7 +88,7 @@ const serveClient = (endpoint: HostVsockEndpoint["Service"], client: Socket): Ef
     client.write(`OK ${socket.local.port}\n`)
     yield* serveDuplex(socket, (duplex) => pipe(client, duplex))
     yield* flushed(client)
-  })).pipe(Effect.catch(() => Effect.void))
+  })).pipe(Effect.ignore)
 
 /** Returns when what was written to a client has left, or cannot. */
 const flushed = (client: Socket): Effect.Effect<void> =>

@@ -11,6 +11,7 @@ import * as Exit from "effect/Exit"
 import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
 import * as Scope from "effect/Scope"
+import { randomFillSync } from "node:crypto"
 import { createSocket, type RemoteInfo } from "node:dgram"
 import { connect, createServer, type Server, type Socket } from "node:net"
 import { layerWith, type NodeSocketsOptions } from "../../src/net/NodeSockets.ts"
@@ -19,7 +20,7 @@ import { GuestEnd } from "./GuestEnd.ts"
 const REQUEST = { index: 0, name: "net0", macAddress: "52:55:0a:00:02:0f", enableBridge: false }
 
 const layerEntropy = Layer.succeed(EntropySource, {
-  fill: (bytes: Uint8Array) => void crypto.getRandomValues(bytes)
+  fill: (bytes) => void randomFillSync(bytes)
 })
 
 /** A guest at the port of a network. */
