@@ -8,6 +8,7 @@ import * as Effect from "effect/Effect"
 import * as fc from "fast-check"
 import { virtioBlk, type VirtioBlkOptions } from "../src/block/VirtioBlk.ts"
 import {
+  BLOCK_BYTES_MAX,
   BLOCK_QUEUE_SIZE,
   BLOCK_RANGE_SECTORS_MAX,
   BLOCK_REQUESTS_MAX,
@@ -361,6 +362,68 @@ describe("virtioBlk", () => {
       assert.strictEqual(driver.poll(), count - 10)
     }))
 
+  it.effect("has a bound of bytes under way, whatever a back end needs for them", () =>
+    Effect.gen(function*() {
+      const sizes: Array<number> = []
+      const waiting: Array<BlockDone> = []
+      const backend: BlockBackend = {
+        ...makeMemoryBackend("m", new Uint8Array(0)),
+        capacity: 2 ** 30,
+        read: (_, buffers, done) => {
+          sizes.push(buffers.reduce((sum, buffer) => sum + buffer.length, 0))
+          waiting.push(done)
+        }
+      }
+      const { cpu, harness, settle } = yield* started(backend)
+      const driver = runGuest(startVirtioMmio(cpu, HARNESS_PLACE, {
+        memoryAddress: QUEUE_ADDRESS,
+        queueSizes: [BLOCK_QUEUE_SIZE],
+        features: ALL_FEATURES
+      }))
+      // The same memory again and again: a small guest asks for much.
+      const piece = { address: 0x8_0000, length: 0x8_0000, writable: true }
+      harness.memory.write(0x4_0000, new Uint8Array(16))
+      const chain = [
+        { address: 0x4_0000, length: 16, writable: false },
+        ...Array.from({ length: 30 }, () => piece),
+        { address: 0x4_0010, length: 1, writable: true }
+      ]
+      const count = 8
+      for (let i = 0; i < count; i++) driver.queue(0).add(chain)
+      if (driver.queue(0).publish()) runGuest(driver.notify(cpu, 0))
+      yield* settle
+      const size = 30 * 0x8_0000
+      assert.deepStrictEqual(sizes, sizes.map(() => size))
+      assert.strictEqual(waiting.length, Math.ceil(BLOCK_BYTES_MAX / size))
+      for (let answered = 0; answered < count;) {
+        assert.isAtMost(waiting.length, Math.ceil(BLOCK_BYTES_MAX / size))
+        waiting.shift()?.()
+        yield* settle
+        while (driver.queue(0).poll() !== undefined) answered++
+      }
+    }))
+
+  it.effect("ends after a back end that throws, also when it had ended the operation before", () =>
+    Effect.gen(function*() {
+      for (const before of [false, true]) {
+        const backend: BlockBackend = {
+          ...makeMemoryBackend("m", new Uint8Array(64 * SECTOR)),
+          read: (_, __, done) => {
+            if (before) done()
+            throw new Error("the test says so")
+          }
+        }
+        yield* Effect.scoped(Effect.gen(function*() {
+          const { harness, start } = yield* started(backend)
+          const driver = start()
+          assert.throws(() => {
+            driver.send({ type: IN, sector: 1, room: SECTOR })
+            harness.settle()
+          }, "the test says so")
+        }))
+      }
+    }))
+
   it.effect("ends many requests with one interrupt", () =>
     Effect.gen(function*() {
       for (const eventIndex of [true, false]) {
@@ -438,6 +501,26 @@ describe("virtioBlk", () => {
       after.send({ type: IN, sector: 1, room: SECTOR })
       yield* settle
       assert.strictEqual(after.poll(), 1)
+    }))
+
+  it.effect("counts all ranges of a discard, not the last one", () =>
+    Effect.gen(function*() {
+      let now = 0
+      const throttle = new Throttle(
+        { bytes: { size: 8 * SECTOR, refillTimeMillis: 8, oneTimeBurst: 0 } },
+        () => now
+      )
+      const { harness, settle, start } = yield* started(makeMemoryBackend("m", new Uint8Array(64 * SECTOR)), {
+        throttle
+      })
+      const driver = start()
+      driver.send({ type: DISCARD, sector: 0, out: join(range(0, 8), range(8, 4), range(0, 0)) })
+      yield* settle
+      assert.strictEqual(driver.poll(), 0)
+      now = 4
+      harness.signals.add(1)
+      yield* settle
+      assert.strictEqual(driver.poll(), 1)
     }))
 })
 

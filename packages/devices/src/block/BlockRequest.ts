@@ -61,6 +61,8 @@ export class BlockRequest {
   /** First byte on the disk, and the number of bytes. */
   offset = 0
   length = 0
+  /** What counts for a rate limit and a turn's budget: the bytes of all ranges together. */
+  cost = 0
   /** A back end has the request. */
   pending = false
   /** The number of bytes at the beginning of the writable buffers that were written. */
@@ -82,14 +84,14 @@ export class BlockRequest {
 
   /**
    * Reads the request in {@link chain}, which has room for a status. Returns whether it is one for the back end, with its
-   * {@link length}: {@link begin} is next. Otherwise {@link status} is its answer already.
+   * {@link cost}: {@link begin} is next. Otherwise {@link status} is its answer already.
    */
   read(queue: Virtqueue): boolean {
     this.queue = queue
     this.type = -1
     this.error = undefined
     this.operation = "read"
-    this.offset = this.length = 0
+    this.offset = this.length = this.cost = 0
     this.#step = NOTHING
     this.#written = 0
     this.#range = this.#rangeCount = 0
@@ -97,16 +99,18 @@ export class BlockRequest {
     return this.#step !== NOTHING
   }
 
-  /** Hands what was read to the back end. It ends with a call of `onDone`, perhaps at once. */
+  /** The bytes that are read or written, for which a back end may need memory. */
+  get moved(): number {
+    return this.type === READ || this.type === WRITE ? this.length : 0
+  }
+
+  /**
+   * Hands what was read to the back end. It ends with a call of `onDone`, perhaps at once. A back end that throws is a defect of
+   * the device; if the request is {@link pending} then, nobody is going to report its end.
+   */
   begin(): void {
-    try {
-      if (this.#rangeCount > 0) this.#nextRange()
-      else this.#start(this.#step)
-    } catch (error) {
-      // A back end that throws is a defect of the device, and nobody is going to report the end of this operation.
-      this.pending = false
-      throw error
-    }
+    if (this.#rangeCount > 0) this.#nextRange()
+    else this.#start(this.#step)
   }
 
   /** Writes the status. Returns the number of bytes at the beginning of the writable buffers that were written. */
@@ -183,6 +187,7 @@ export class BlockRequest {
     if (bytes === 0) return OK
     this.operation = "read"
     this.#collect(chain.readableCount, chain.count, 0, bytes)
+    this.cost = bytes
     this.#step = READ
     return OK
   }
@@ -194,6 +199,7 @@ export class BlockRequest {
     if (bytes === 0) return OK
     this.operation = "write"
     this.#collect(0, chain.readableCount, HEADER_SIZE, bytes)
+    this.cost = bytes
     this.#step = WRITE
     return OK
   }
@@ -210,6 +216,7 @@ export class BlockRequest {
     for (let at = 0; at < bytes; at += RANGE_SIZE) {
       if ((ranges.getUint32(at + 12, true) & ~known) !== 0) return UNSUPP
       if (ranges.getUint32(at + 8, true) > BLOCK_RANGE_SECTORS_MAX || !this.#placeRange(ranges, at)) return IOERR
+      this.cost += this.length
     }
     this.operation = operation
     this.#rangeCount = bytes / RANGE_SIZE

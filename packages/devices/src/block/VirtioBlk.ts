@@ -14,6 +14,7 @@ import type { VirtioBehaviour, VirtioContext, VirtioDevice } from "../virtio/Vir
 import type { Virtqueue } from "../virtio/Virtqueue.ts"
 import { BlockRequest, type RequestPorts } from "./BlockRequest.ts"
 import {
+  BLOCK_BYTES_MAX,
   BLOCK_BYTES_PER_TURN,
   BLOCK_QUEUE_SIZE,
   BLOCK_RANGE_SECTORS_MAX,
@@ -116,6 +117,8 @@ class Disk implements VirtioBehaviour {
   #busy = 0
   /** Requests that a back end has. */
   #pending = 0
+  /** Bytes of their data. */
+  #bytes = 0
   /** A request that waits for tokens. */
   #waiting: BlockRequest | undefined
   #queue: Virtqueue | undefined
@@ -208,6 +211,8 @@ class Disk implements VirtioBehaviour {
         if (this.#ended.length === 0) return false
         this.#answer()
       }
+      // The next one that ends leads back here.
+      if (this.#bytes >= BLOCK_BYTES_MAX) return false
       const waiting = this.#waiting
       const request: BlockRequest | undefined = waiting ?? this.#take(queue)
       if (request === undefined) return queue.fault === undefined && queue.resumeNotifications()
@@ -217,19 +222,23 @@ class Disk implements VirtioBehaviour {
         this.#ended.push(request)
         continue
       }
-      if (throttle?.admit(request.length) === false) {
+      if (throttle?.admit(request.cost) === false) {
         this.#waiting = request
         return false
       }
       this.#waiting = undefined
       this.#pending++
+      this.#bytes += request.moved
       try {
         request.begin()
       } catch (error) {
-        if (!request.pending) this.#pending--
+        if (request.pending) {
+          request.pending = false
+          this.#pending--
+        }
         throw error
       }
-      bytes += request.length
+      bytes += request.cost
     }
     return true
   }
@@ -250,6 +259,7 @@ class Disk implements VirtioBehaviour {
 
   #onDone(request: BlockRequest): void {
     this.#pending--
+    this.#bytes -= request.moved
     this.#ended.push(request)
     if (this.#inTurn) return
     if (this.#pending === 0) {

@@ -70,6 +70,11 @@ export const BLOCK_SEGMENT_BYTES_MAX = 0x1_0000
 export const BLOCK_REQUEST_BYTES_MAX = BLOCK_SEGMENTS_MAX * BLOCK_SEGMENT_BYTES_MAX
 /** The most requests that a disk works on at a time. The others wait in the queue. */
 export const BLOCK_REQUESTS_MAX = 128
+/**
+ * No further request is begun while this many bytes are being read and written. A back end may need as much memory of its own, and
+ * a small guest can ask for much, into the same buffers again and again.
+ */
+export const BLOCK_BYTES_MAX = 0x400_0000
 /** The most requests begun in one turn. */
 export const BLOCK_REQUESTS_PER_TURN = 64
 /** No further request is begun in a turn once this many bytes were asked for. */
