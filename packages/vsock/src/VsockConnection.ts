@@ -476,14 +476,16 @@ export class VsockConnection {
     return new VsockError({ operation, status, detail, hostPort: this.local.port, guestPort: this.peer.port })
   }
 
-  /** Bytes were read, or need not be. Tells the guest of the room when that is half of its credit or more. */
+  /**
+   * Bytes were read, or need not be. Tells the guest of the room when that is half of what it may have in flight or more: its
+   * credit, but Linux keeps below the size of its own buffer as well.
+   */
   #consume(length: number): void {
     if (this.isOver || length === 0) return
     this.#consumed = unsigned(this.#consumed + length)
     if (this.#inbox.length === 0) this.#growBuffer()
-    if (unsigned(this.#consumed - this.#reportedConsumed) * 2 >= this.#reportedBufAlloc) {
-      this.#want(Control.CREDIT_UPDATE)
-    }
+    const window = Math.min(this.#reportedBufAlloc, this.#peerBufAlloc)
+    if (unsigned(this.#consumed - this.#reportedConsumed) * 2 >= window) this.#want(Control.CREDIT_UPDATE)
   }
 
   /** A host that has read everything, of a guest that has sent as much as it may at a time, can have more in flight. */

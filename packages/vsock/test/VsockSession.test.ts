@@ -585,6 +585,23 @@ describe("A guest that sends without end", () => {
     )
   })
 
+  it("need not use all of its credit: Linux has no more in flight than it could receive itself", () => {
+    for (const bufAlloc of [0x1000, 0x1_0000, 0x4_0000]) {
+      const guest = new SessionGuest()
+      const connection = guest.open({ bufAlloc })
+      let sent = 0
+      let fwdCnt = 0
+      while (sent < 8 * 2 ** 20) {
+        const length = Math.min(bufAlloc - (sent - fwdCnt), 0x1_0000)
+        if (length <= 0) assert.fail(`the guest has heard of ${fwdCnt} of ${sent} bytes`)
+        guest.send({ op: Op.RW, bufAlloc, data: new Uint8Array(length) })
+        sent += length
+        while (connection.take() !== undefined);
+        for (const packet of guest.receive()) fwdCnt = packet.fwdCnt
+      }
+    }
+  })
+
   it("has no more credit than it had first while nobody reads", () => {
     const guest = new SessionGuest()
     const connection = guest.open()
