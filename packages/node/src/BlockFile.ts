@@ -41,6 +41,11 @@ const VECTORS_MAX = 256
 const VECTOR_WORDS = 4
 /** Zeros are written in pieces of this size where the file system cannot make them. */
 const ZEROS_SIZE = 0x10_0000
+/**
+ * Room is given up, or made zeros, in pieces of this size, with other work in between: the file system lets go of the pages while
+ * the event loop stands still, a millisecond or so for each piece, and longer where they must be written first.
+ */
+const ROOM_PIECE = 0x40_0000
 /** `ioctl` of block devices: the logical block size, and the size in bytes. */
 const BLKSSZGET = 0x1268
 const BLKGETSIZE64 = 0x8008_1272
@@ -260,23 +265,46 @@ class FileBackend implements BlockBackend {
 
   #discard(functions: ForeignFunctions, offset: number, length: number, done: BlockDone): void {
     if (this.#refused("discard", done)) return
-    const mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    const result = length === 0 ? 0 : functions.fallocate(this.#fd, mode, offset, length)
-    done(result < 0 ? this.#error("discard", "io", `fallocate: errno ${-result}`, offset, length) : undefined)
+    if (length === 0) return done()
+    this.#begin()
+    this.#changeRoom(functions, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length, (result) =>
+      this.#end(
+        done,
+        result < 0 ? this.#error("discard", "io", `fallocate: errno ${-result}`, offset, length) : undefined
+      ))
   }
 
   #writeZeroes(offset: number, length: number, unmap: boolean, done: BlockDone): void {
     if (this.#refused("writeZeroes", done)) return
     if (length === 0) return done()
-    if (this.#functions !== undefined && this.#canZeroRange) {
-      const how = unmap && this.discard !== undefined ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE
-      const result = this.#functions.fallocate(this.#fd, how | FALLOC_FL_KEEP_SIZE, offset, length)
-      if (result >= 0) return done()
-      if (result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) {
-        if (how === FALLOC_FL_ZERO_RANGE) this.#canZeroRange = false
-      }
-    }
     this.#begin()
+    if (this.#functions === undefined || !this.#canZeroRange) return this.#writeZeros(offset, length, done)
+    const how = unmap && this.discard !== undefined ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE
+    this.#changeRoom(this.#functions, how | FALLOC_FL_KEEP_SIZE, offset, length, (result, left) => {
+      if (result >= 0) return this.#end(done)
+      if ((result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) && how === FALLOC_FL_ZERO_RANGE) {
+        this.#canZeroRange = false
+      }
+      this.#writeZeros(offset + length - left, left, done)
+    })
+  }
+
+  /** Ends with the result of the last `fallocate`, and how many bytes at the end of the range it leaves as they were. */
+  #changeRoom(
+    functions: ForeignFunctions,
+    mode: number,
+    offset: number,
+    length: number,
+    end: (result: number, left: number) => void
+  ): void {
+    const piece = Math.min(length, ROOM_PIECE)
+    const result = functions.fallocate(this.#fd, mode, offset, piece)
+    if (result < 0) return end(result, length)
+    if (piece === length) return end(result, 0)
+    setImmediate(() => this.#changeRoom(functions, mode, offset + piece, length - piece, end))
+  }
+
+  #writeZeros(offset: number, length: number, done: BlockDone): void {
     const zeros = this.#zeros ??= new Uint8Array(ZEROS_SIZE)
     const buffers = Array.from(
       { length: Math.ceil(length / ZEROS_SIZE) },

@@ -109,6 +109,36 @@ describe("BlockFile", () => {
       assert.strictEqual(statSync(path).size, 2 ** 20)
     }))
 
+  it.live("lets others work while it gives up much room, or makes much zero", () =>
+    Effect.gen(function*() {
+      const size = 32 * 2 ** 20
+      const path = yield* file(size)
+      const disk = yield* openDisk(spec(path))
+      const { discard, writeZeroes } = disk
+      if (discard === undefined || writeZeroes === undefined) return assert.fail("it can do both")
+      yield* write(disk, 0, new Uint8Array(size).fill(7))
+      for (
+        const operation of [
+          blockEffect((done) => writeZeroes(SECTOR, size - 2 * SECTOR, false, done)),
+          blockEffect((done) => discard(0, size - SECTOR, done))
+        ]
+      ) {
+        let turns = 0
+        let over = false
+        const turn = (): void => {
+          turns++
+          if (!over) setImmediate(turn)
+        }
+        setImmediate(turn)
+        yield* operation
+        over = true
+        assert.isAtLeast(turns, 7)
+      }
+      const bytes = yield* read(disk, 0, size)
+      assert.isTrue(bytes.subarray(0, size - SECTOR).every((byte) => byte === 0))
+      assert.isTrue(bytes.subarray(size - SECTOR).every((byte) => byte === 7))
+    }))
+
   it.live("fails typed when the file has become shorter, and goes on where it is not", () =>
     Effect.gen(function*() {
       const path = yield* file(random(2 ** 20))
