@@ -465,6 +465,43 @@ describe("Net", () => {
       assert.deepStrictEqual(driver.poll()?.bytes, frameOf(61, 7))
     }))
 
+  it.effect("loses all that waits either way when the link goes down, and works on when it comes back", () =>
+    Effect.gen(function*() {
+      for (const whose of ["cable", "port"] as const) {
+        for (const limited of [false, true]) {
+          const limit = { operations: { size: 1, refillTimeMillis: 1000, oneTimeBurst: 0 } }
+          const { harness, line, port, start } = yield* started({}, {
+            ...(limited ? { sendThrottle: yield* makeThrottle(limit) } : {})
+          })
+          const setLink = (up: boolean) =>
+            whose === "cable" ? line.interface.setLink(up) : Effect.sync(() => port.setLink(up))
+          const driver = start()
+          if (!limited) port.room = 0
+          for (let i = 0; i < 3; i++) runGuest(driver.send(frameOf(60, i)))
+          // The driver has no room for what comes.
+          for (let i = 0; i < 3 * NET_FRAMES_PER_TURN; i++) port.put(frameOf(60, i))
+          harness.settle()
+          const sent = limited ? 1 : 0
+          assert.strictEqual(driver.reclaim(), sent)
+          yield* setLink(false)
+          harness.settle()
+          assert.strictEqual(driver.reclaim(), 3 - sent)
+          assert.strictEqual(port.waiting.length, 0)
+          assert.strictEqual(line.interface.counters().dropped["link-down"], 3 - sent + 3 * NET_FRAMES_PER_TURN)
+          yield* setLink(true)
+          port.makeRoom(10)
+          harness.settle()
+          assert.strictEqual(port.sent.length, sent)
+          runGuest(driver.supply([100]))
+          port.put(frameOf(61, 7))
+          if (!limited) runGuest(driver.send(frameOf(62, 7)))
+          harness.settle()
+          assert.deepStrictEqual(driver.poll()?.bytes, frameOf(61, 7))
+          if (!limited) assert.deepStrictEqual(port.sent[0]?.bytes, frameOf(62, 7))
+        }
+      }
+    }))
+
   it.effect("gives a driver no frame and no offload that it does not know of", () =>
     Effect.gen(function*() {
       const { harness, line, port, start } = yield* started({ delivers: OFFLOADS_ALL })

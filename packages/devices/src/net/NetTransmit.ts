@@ -83,6 +83,16 @@ export class NetTransmit {
     let bytes = NET_BYTES_PER_TURN
     let completed = false
     for (let frames = NET_FRAMES_PER_TURN; frames > 0 && bytes > 0; frames--) {
+      if (this.#waiting && !up) {
+        // Nobody is going to say that there is room again.
+        this.#waiting = false
+        this.#admitted = false
+        line.sendThrottle.reset()
+        line.drop(Drop.LINK_DOWN)
+        queue.complete(chain, 0)
+        completed = true
+        continue
+      }
       if (!this.#waiting) {
         if (!queue.take(chain)) {
           if (completed) line.batches++

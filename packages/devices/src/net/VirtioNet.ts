@@ -150,8 +150,10 @@ const makeBehaviour = (line: NetLine, context: VirtioContext): VirtioBehaviour =
     signal: (number) => {
       if (number === SIGNAL_LINK) {
         showLink()
-        if (ready) receive.turn()
-        return false
+        if (!ready) return false
+        // What waits, either way, is lost while the link is down.
+        const receives = turn(NetQueue.RECEIVE)
+        return turn(NetQueue.TRANSMIT) || receives
       }
       return ready && turn(number === SIGNAL_READABLE ? NetQueue.RECEIVE : NetQueue.TRANSMIT)
     },
