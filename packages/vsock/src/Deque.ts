@@ -1,6 +1,10 @@
+const FIRST_PLACES = 4
+const NONE: Array<never> = []
+
 /** A queue of references that grows as it must and allocates nothing else: first in, first out. */
 export class Deque<T> {
-  #items: Array<T | undefined> = [undefined, undefined, undefined, undefined]
+  /** A power of two of places, or none: most queues of idle connections never have an item. */
+  #items: Array<T | undefined> = NONE
   #first = 0
   /** The number of items. */
   length = 0
@@ -48,7 +52,7 @@ export class Deque<T> {
 
   #grow(): void {
     const items: Array<T | undefined> = [...this.#items.slice(this.#first), ...this.#items.slice(0, this.#first)]
-    for (let length = items.length; length > 0; length--) items.push(undefined)
+    for (let more = Math.max(items.length, FIRST_PLACES); more > 0; more--) items.push(undefined)
     this.#items = items
     this.#first = 0
   }

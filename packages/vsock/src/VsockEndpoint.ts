@@ -156,18 +156,23 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
       ? listenerOf(connection.local.port)?.acceptor ?? Effect.succeed(refuse)
       : Effect.succeed(routeTo(connection.local.cid))
 
-  const serve = (connection: VsockConnection): Effect.Effect<void> => {
-    const gone = Effect.andThen(awaitOver(connection), new VsockRefused({ reason: "the guest has given up" }))
+  /** What serves a connection, as its acceptor says. Nothing of it is kept once the handler runs. */
+  const handlerOf = (connection: VsockConnection): Effect.Effect<VsockHandler, VsockRefused, Scope.Scope> => {
+    const gone = Effect.flatMap(awaitOver(connection), () => new VsockRefused({ reason: "the guest has given up" }))
     const accepted = Effect.flatMap(decide(connection), (acceptor) => acceptor(connection.request))
-    return Effect.scoped(Effect.gen(function*() {
-      const handler = yield* Effect.raceFirst(accepted, gone)
-      if (!connection.accept()) return
-      yield* handler(new ConnectionSocket(connection))
-    })).pipe(
+    return Effect.raceFirst(accepted, gone)
+  }
+
+  // There are many of these that wait: each closure and each frame of the stack is paid for every one of them.
+  const serve = (connection: VsockConnection): Effect.Effect<void> =>
+    Effect.flatMap(
+      handlerOf(connection),
+      (handler) => connection.accept() ? handler(new ConnectionSocket(connection)) : Effect.void
+    ).pipe(
+      Effect.scoped,
       Effect.onExit((exit) => Effect.sync(() => Exit.isSuccess(exit) ? connection.close() : connection.reset())),
       Effect.catchCause((cause) => logFailure(connection, cause))
     )
-  }
 
   const serveArrivals = Effect.forever(
     Effect.flatMap(Queue.take(arrivals), (connection) => Effect.forkIn(serve(connection), scope)),
