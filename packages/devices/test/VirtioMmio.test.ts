@@ -386,9 +386,13 @@ describe("VirtioMmio", () => {
         write(Register.QueueReady, 0)
         assert.deepStrictEqual([read(Register.Status), read(Register.QueueReady), device.resets], [0x4f, 0, 2])
         assert.strictEqual(harness.held, idle ? 0 : 1)
+        // The other one is stopped as well by now, which holds for its buffers when they are left alone.
+        write(Register.QueueSel, 1)
+        write(Register.QueueReady, 0)
+        assert.strictEqual(harness.held, idle ? 0 : 2)
         harness.signals.add(0)
         harness.settle()
-        assert.strictEqual(harness.held, idle ? 0 : 1)
+        assert.strictEqual(harness.held, idle ? 0 : 2)
         device.idle = true
         harness.signals.add(0)
         harness.settle()

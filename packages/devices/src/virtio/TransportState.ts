@@ -225,12 +225,14 @@ export class TransportState {
    * the device.
    */
   disableQueue(queue: number): void {
+    if (this.#resetting) return
     const stopped = this.#queues[queue]
-    if (this.#resetting || stopped === undefined) return
-    stopped.close()
-    this.#queues[queue] = undefined
-    if (stopped.inFlight === 0) return
-    this.#needReset(`queue ${queue} was stopped while the device had ${stopped.inFlight} of its chains`)
+    if (stopped !== undefined) {
+      stopped.close()
+      this.#queues[queue] = undefined
+      const { inFlight } = stopped
+      if (inFlight > 0) this.#needReset(`queue ${queue} was stopped while the device had ${inFlight} of its chains`)
+    }
     if (!this.#idle) this.#waiting.push(this.#ports.hold())
   }
 
