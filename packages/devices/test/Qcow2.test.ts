@@ -14,7 +14,7 @@ import * as Exit from "effect/Exit"
 import * as References from "effect/References"
 import * as Scope from "effect/Scope"
 import * as fc from "fast-check"
-import { openQcow2 } from "../src/block/qcow2/Qcow2Backend.ts"
+import { LEFT_BYTES_MAX, openQcow2 } from "../src/block/qcow2/Qcow2Backend.ts"
 import { checkImage, type ImageOptions, makeImage } from "./Qcow2Images.ts"
 
 const SECTOR = 512
@@ -388,6 +388,35 @@ describe("openQcow2", () => {
       yield* blockEffect((done) => reopened.read(0, [all], done))
       same(all, bytes)
     })))
+
+  it("does not become longer and longer for a guest that writes and discards, and never flushes", () => {
+    const cluster = 0x1_0000
+    const image = makeImage({ size: 16 * cluster, clusterBits: 16, version: 3, refcountOrder: 4 })
+    let end = image.length
+    const room = makeMemoryBackend("image", new Uint8Array(2 * LEFT_BYTES_MAX))
+    room.bytes().set(image)
+    const growing: BlockBackend = {
+      ...room,
+      capacity: end,
+      grow: (capacity, done) => {
+        end = Math.max(end, capacity)
+        done()
+      }
+    }
+    return runQuietly(Effect.gen(function*() {
+      yield* Effect.scoped(Effect.gen(function*() {
+        const disk = yield* openQcow2(growing, { readOnly: false })
+        const { discard } = disk
+        if (discard === undefined) return assert.fail("it can discard")
+        for (let i = 0; i < LEFT_BYTES_MAX / cluster + 500; i++) {
+          yield* blockEffect((done) => disk.write(0, [pattern(SECTOR, i)], done))
+          yield* blockEffect((done) => discard(0, cluster, done))
+        }
+      }))
+      assert.isAtMost(end, LEFT_BYTES_MAX + 0x40_0000)
+      assert.deepStrictEqual(checkImage(room.bytes().slice(0, end)), { errors: [], leaks: 0 })
+    }))
+  })
 
   it("does not use a cluster again while a request is on its way to it", () =>
     runQuietly(Effect.gen(function*() {

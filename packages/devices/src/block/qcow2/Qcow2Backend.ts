@@ -34,6 +34,12 @@ import { HeaderField, parseHeader, type Qcow2Header } from "./Qcow2Header.ts"
 import { type ClusterRun, Refcounts } from "./Refcounts.ts"
 import { type L2Table, Tables } from "./Tables.ts"
 
+/**
+ * The most bytes of clusters that were given up and wait for a flush. More are stored without being asked for: a guest that
+ * writes and discards, and never flushes, must not make the image longer and longer.
+ */
+export const LEFT_BYTES_MAX = 0x400_0000
+
 /** How an image is opened. */
 export interface Qcow2Options {
   readonly readOnly: boolean
@@ -492,6 +498,7 @@ class Qcow2Image {
           cluster = stop
           continue
         }
+        if (this.#left.length * size >= LEFT_BYTES_MAX) yield* this.#store()
         const table = yield* this.#own(index)
         const first = cluster
         for (; cluster < stop; cluster++) {
