@@ -634,6 +634,19 @@ describe("Net", () => {
       assert.strictEqual(port.waiting.length, 256 - NET_FRAMES_PER_TURN)
     }))
 
+  it.effect("counts small segments in a turn's budget: each of them costs", () =>
+    Effect.gen(function*() {
+      const { harness, port, start } = yield* started({ accepts: OFFLOADS_ALL })
+      const driver = start({ features: [F.CSUM, F.HOST_TSO4] })
+      for (let i = 0; i < 4; i++) {
+        assert.isTrue(runGuest(driver.send(frameOf(60_000, i), { ...SEGMENTED, gsoSize: 64 })))
+      }
+      assert.isTrue(harness.behaviour.doorbell?.(0, 1))
+      assert.isBelow(port.sent.length, 4)
+      harness.settle()
+      assert.strictEqual(port.sent.length, 4)
+    }))
+
   it.effect("keeps to its rate limits, either way, and loses nothing by them", () =>
     Effect.gen(function*() {
       const limit = { operations: { size: 10, refillTimeMillis: 1000, oneTimeBurst: 0 } }

@@ -24,6 +24,8 @@ export const NET_FRAMES_PER_TURN = 128
 /** The most bytes sent, or received, in one turn; the frame that reaches it is finished. */
 export const NET_BYTES_PER_TURN = 0x10_0000
 
+/** What a segment of a frame costs of a turn's bytes at least, whoever makes it. */
+const SEGMENT_COST = 1024
 /** Bytes of a checksum. */
 const CHECKSUM_SIZE = 2
 /** The frame is all right. */
@@ -117,7 +119,7 @@ export class NetTransmit {
       this.#admitted = false
       line.sentFrames++
       line.sentBytes += size
-      bytes -= size
+      bytes -= frame.gsoType === GSO_NONE ? size : Math.max(size, Math.ceil(size / frame.gsoSize) * SEGMENT_COST)
       queue.complete(chain, 0)
       completed = true
     }
