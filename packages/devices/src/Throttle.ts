@@ -60,10 +60,9 @@ export class Throttle {
     const sleep = Effect.suspend(() => {
       this.#sooner.closeUnsafe()
       const wait = this.#due - this.#now()
-      return wait === Number.POSITIVE_INFINITY ? this.#sooner.await : Effect.raceFirst(
-        Effect.sleep(wait),
-        this.#sooner.await
-      )
+      return wait === Number.POSITIVE_INFINITY
+        ? this.#sooner.await
+        : Effect.timeoutOrElse(this.#sooner.await, { duration: wait, orElse: () => Effect.void })
     })
     const look = Effect.sync(() => {
       if (this.#due > this.#now()) return
