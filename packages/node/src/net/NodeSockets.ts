@@ -201,8 +201,8 @@ const listenTcp = (
     const server = yield* Effect.acquireRelease(
       Effect.sync(() => createServer({ allowHalfOpen: true, pauseOnConnect: true })),
       (server) =>
+        // Also before it listens: it is about to, and does not any more then.
         Effect.callback<void>((resume) => {
-          if (!server.listening) return resume(Effect.void)
           server.close(() => resume(Effect.void))
         })
     )

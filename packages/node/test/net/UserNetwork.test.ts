@@ -276,6 +276,23 @@ describe("user-mode network", () => {
       assert.deepStrictEqual(heard, [1])
     }))
 
+  it.live("listens nowhere when it is interrupted before it does", () =>
+    Effect.gen(function*() {
+      const sockets = yield* HostSockets.pipe(Effect.provide(yield* Layer.build(layerWith({}))))
+      const { port } = yield* Effect.scoped(sockets.listenTcp({ address: "127.0.0.1", port: 0 }, () => undefined))
+      const listening = yield* Effect.forkChild(
+        Effect.scoped(Effect.andThen(sockets.listenTcp({ address: "127.0.0.1", port }, () => undefined), Effect.never)),
+        { startImmediately: true }
+      )
+      yield* Fiber.interrupt(listening)
+      for (let i = 0; i < 5; i++) yield* Effect.yieldNow
+      const client = connect(port, "127.0.0.1")
+      let failure: string | undefined
+      client.on("error", (error) => (failure = "code" in error ? String(error.code) : error.message))
+      yield* until(() => failure !== undefined)
+      assert.strictEqual(failure, "ECONNREFUSED")
+    }))
+
   it.live("says which port of the host is taken", () =>
     Effect.gen(function*() {
       const { port } = yield* serve(() => {})
