@@ -20,7 +20,7 @@ export const MAILBOX_CAPACITY = 2048
 export const CALL_RESERVE = 512
 /** The most accesses handled in one turn before other fibers run. */
 export const TURN_ACCESSES = 512
-/** Turns that a device is given at the end of its machine to answer the doorbells that were rung. */
+/** Turns that a device is given at the end of its machine to answer doorbells and signals. */
 export const SETTLE_TURNS = 256
 /** Signals are numbered below this. */
 export const SIGNAL_LIMIT = 32
@@ -203,15 +203,16 @@ export class DeviceActor {
   })
 
   /**
-   * Returns when the accesses that wait now have been handled and the doorbells answered, as far as {@link SETTLE_TURNS} turns
-   * are enough for those; at once when the device does not work now.
+   * Returns when the accesses that wait now have been handled and the doorbells and signals answered, as far as
+   * {@link SETTLE_TURNS} turns are enough for those; at once when the device does not work now.
    */
   readonly settled: Effect.Effect<void> = Effect.suspend(() => {
     const handled = this.#handled + this.#count
     let turns = 0
     const wait: Effect.Effect<void> = Effect.suspend(() => {
       if (this.#current === undefined) return Effect.void
-      if (this.#handled >= handled && (this.#doorbellsWaiting === 0 || turns++ >= SETTLE_TURNS)) return Effect.void
+      const isAtWork = this.#doorbellsWaiting > 0 || this.#signals !== 0
+      if (this.#handled >= handled && (!isAtWork || turns++ >= SETTLE_TURNS)) return Effect.void
       return Effect.andThen(Effect.yieldNow, wait)
     })
     return wait

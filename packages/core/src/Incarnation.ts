@@ -44,6 +44,9 @@ import { SerialPort } from "./SerialPort.ts"
 import { describeFailure, type GuestFailure, type VcpuExit } from "./VcpuExit.ts"
 import type { VcpuState } from "./VcpuState.ts"
 
+/** Rounds of the scheduler in which the doorbells are delivered that a guest has rung before its end. */
+const DOORBELL_ROUNDS = 8
+
 /** The reason of a failure, once the last lines of the serial log are known. */
 type Failure = (serialLog: ReadonlyArray<string>) => GuestErrorReason
 
@@ -294,7 +297,9 @@ export const runIncarnation = (
   const live = Effect.gen(function*() {
     for (const actor of actors) yield* supervise(actor.device.name, runDevice(actor, outcome))
     const ended = yield* Effect.scoped(runVcpus)
-    // No guest code runs any more. The devices still do what it told them last, or its last words would be lost.
+    // No guest code runs any more. The devices still do what it told them last, or its last words would be lost: also what it told
+    // them by doorbells, which the event loop delivers.
+    for (let round = 0; round < DOORBELL_ROUNDS; round++) yield* Effect.yieldNow
     for (const actor of actors) yield* actor.settled
     return yield* Result.match(ended, {
       onFailure: (reason) => fail(reason(serialLog(services))),

@@ -19,7 +19,7 @@ import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Queue from "effect/Queue"
-import type * as Scope from "effect/Scope"
+import * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
 import { HOST_CID } from "./Cid.ts"
 import { awaitOver, ConnectionSocket, join } from "./ConnectionSocket.ts"
@@ -31,6 +31,9 @@ import type { VsockSession } from "./VsockSession.ts"
 
 /** Connections that wait to be taken from a stream of them. */
 export const BACKLOG = 128
+
+/** Rounds of the scheduler in which handlers may read what the guest sent before the machine's end. Then they are interrupted. */
+export const LAST_ROUNDS = 1024
 
 /** A port of the configuration, and who listens there from the guest's first instruction on. */
 export interface InitialListener {
@@ -54,6 +57,15 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
   const hostPorts = new VsockPorts()
   const listeners = new Map<number, Listener>()
   const arrivals = yield* Queue.unbounded<VsockConnection>()
+  let serving = 0
+  const settled = (rounds: number): Effect.Effect<void> =>
+    Effect.suspend(() =>
+      serving === 0 || rounds === 0 ? Effect.void : Effect.andThen(Effect.yieldNow, settled(rounds - 1))
+    )
+  const handlers = yield* Effect.acquireRelease(
+    Scope.make(),
+    (handlers, exit) => Effect.andThen(settled(LAST_ROUNDS), Scope.close(handlers, exit))
+  )
   let session: VsockSession | undefined
   let sessionWaiters: Array<() => void> = []
   let isGone = false
@@ -164,21 +176,28 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
   }
 
   // There are many of these that wait: each closure and each frame of the stack is paid for every one of them.
-  const serve = (connection: VsockConnection): Effect.Effect<void> =>
-    Effect.flatMap(
+  const serve = (connection: VsockConnection): Effect.Effect<void> => {
+    serving++
+    return Effect.flatMap(
       handlerOf(connection),
       (handler) => connection.accept() ? handler(new ConnectionSocket(connection)) : Effect.void
     ).pipe(
       Effect.scoped,
-      Effect.onExit((exit) => Effect.sync(() => Exit.isSuccess(exit) ? connection.close() : connection.reset())),
+      Effect.onExit((exit) =>
+        Effect.sync(() => {
+          serving--
+          if (Exit.isSuccess(exit)) connection.close()
+          else connection.reset()
+        })
+      ),
       Effect.catchCause((cause) => logFailure(connection, cause))
     )
+  }
 
   const serveArrivals = Effect.forever(
-    Effect.flatMap(Queue.take(arrivals), (connection) => Effect.forkIn(serve(connection), scope)),
+    Effect.flatMap(Queue.take(arrivals), (connection) => Effect.forkIn(serve(connection), handlers)),
     { disableYield: true }
   )
-  const scope = yield* Effect.scope
 
   // --- Connections of the host ------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,11 @@ import { FakeHypervisor, GuestAcpi, GuestProgram } from "@troupe/core/testing"
 import { startVsock, type VsockDriver, VsockStream } from "@troupe/core/testing/drivers/VsockDriver"
 import type { GuestCpu, GuestRoutine } from "@troupe/core/testing/GuestCpu"
 import { EntropySource, layer as layerDevices } from "@troupe/devices"
+import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
+import * as Metric from "effect/Metric"
 import type * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
 import { layerVsock, VsockManager } from "../src/index.ts"
@@ -124,4 +126,94 @@ describe("A guest", () => {
       assert.instanceOf(result, VsockError)
       assert.deepInclude(result, { status: "CONNECTION_REFUSED", guestPort: 81 })
     }))
+})
+
+describe("The last words of a guest", () => {
+  it.effect("reach a handler that has not read them when the machine ends", () =>
+    Effect.gen(function*() {
+      const heard = yield* Deferred.make<{ readonly bytes: number; readonly error: string }>()
+      const words = bytesOf(30_000, 7)
+      const program = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1024, 7)
+        yield* stream?.write(cpu, words) ?? []
+      })
+      const acceptor: HostVsockAcceptor = () =>
+        Effect.succeed((socket) =>
+          Effect.gen(function*() {
+            let bytes = 0
+            const error = yield* Effect.flip(Stream.runForEach(socket.input, (chunk) =>
+              Effect.gen(function*() {
+                assert.deepStrictEqual(chunk, words.subarray(bytes, bytes + chunk.length))
+                for (let i = 0; i < 100; i++) yield* Effect.yieldNow
+                bytes += chunk.length
+              })))
+            yield* Deferred.succeed(heard, { bytes, error: error.status })
+          })
+        )
+      const lifecycle = yield* GuestLifecycle
+      yield* lifecycle.create({
+        kernelType: "LINUX",
+        kernel: GuestProgram.kernel(program),
+        cpus: 1,
+        guestMemory: "2M",
+        virtioVsock: true,
+        vsockListeners: [{ port: 7, acceptor }]
+      })
+      yield* lifecycle.run
+      // The guest did not end its data, so its host must not take it for all there is.
+      assert.deepStrictEqual(yield* Deferred.await(heard), { bytes: words.length, error: "PEER_CLOSED" })
+    }).pipe(Effect.provide(layerHost)))
+})
+
+describe("The fibers of a machine", () => {
+  it.effect("are as many after its connections as before, however those ended", () => {
+    let alive = 0
+    const counter: Metric.FiberRuntimeMetricsService = {
+      recordFiberStart: () => void alive++,
+      recordFiberEnd: () => void alive--
+    }
+    return Effect.gen(function*() {
+      const counts: Array<number> = []
+      const program = guestOf(function*(cpu, vsock) {
+        for (let round = 0; round < 40; round++) {
+          for (const port of [7, 8, 9]) {
+            const stream = yield* VsockStream.connect(cpu, vsock, 2000 + round, port)
+            if (stream === undefined) throw new Error("refused")
+            yield* stream.write(cpu, bytesOf(10, round))
+            yield* stream.read(cpu)
+            if (round % 2 === 0 || port === 9) yield* stream.close(cpu)
+            else yield* vsock.send(cpu, { op: 3, srcPort: stream.port, dstPort: stream.hostPort })
+            // An answer to a packet of no connection: the host has done what came before.
+            yield* vsock.send(cpu, { op: 5, srcPort: 1, dstPort: 1 })
+            while ((yield* vsock.receive(cpu)).dstPort !== 1);
+          }
+          counts.push(alive)
+        }
+      })
+      yield* run(program, () => Effect.void, [
+        {
+          port: 7,
+          acceptor: () => Effect.succeed((socket) => Stream.runForEach(socket.input, (bytes) => socket.write(bytes)))
+        },
+        {
+          port: 8,
+          acceptor: () =>
+            Effect.succeed((socket) =>
+              Effect.gen(function*() {
+                yield* Effect.forkScoped(Effect.never)
+                yield* Effect.forkChild(Effect.never)
+                yield* socket.write(bytesOf(1, 0))
+                yield* socket.closed
+              })
+            )
+        },
+        {
+          port: 9,
+          acceptor: () => Effect.succeed((socket) => Effect.andThen(socket.write(bytesOf(1, 0)), Effect.die("as told")))
+        }
+      ])
+      assert.strictEqual(counts.length, 40)
+      assert.deepStrictEqual(new Set(counts.slice(1)), new Set([counts[1]]))
+    }).pipe(Effect.provideService(Metric.FiberRuntimeMetrics, counter))
+  })
 })

@@ -460,6 +460,17 @@ describe("Ports of the host", () => {
     assert.deepInclude(again, { local: { cid: 2, port: EPHEMERAL_PORT_FIRST + 6 } })
   })
 
+  it("stay a listener's when its connections end", () => {
+    const ports = new VsockPorts()
+    ports.addListener(7)
+    ports.addConnection(7, 80, 0)
+    ports.removeConnection(7, 80, true, 0)
+    assert.isTrue(ports.isActive(7))
+    assert.isFalse(ports.addListener(7))
+    ports.removeListener(7)
+    assert.isFalse(ports.isActive(7))
+  })
+
   it("that was just given back is not the next one", () => {
     const ports = new VsockPorts()
     const first = ports.findEphemeral(0) ?? assert.fail("no port")

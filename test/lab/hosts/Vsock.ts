@@ -2,6 +2,7 @@
 import type { HostVsockAcceptor, VsockSocket } from "@troupe/core/HostVsockEndpoint"
 import { BlockFile, KvmGuestLifecycle } from "@troupe/node"
 import * as VsockUnixSockets from "@troupe/node/vsock/VsockUnixSockets"
+import * as Console from "effect/Console"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
@@ -27,7 +28,10 @@ const NOBODY = 6
 const GUEST_PORT = 80
 /** Bytes of the long transfers. */
 const LONG = Number(process.env["TROUPE_VSOCK_BYTES"] ?? 64 * MEBIBYTE)
-const SHORT_CONNECTIONS = 1000
+const SHORT_CONNECTIONS = Number(process.env["TROUPE_VSOCK_CONNECTIONS"] ?? 1000)
+const ROUND_TRIPS = 100
+/** Half seconds until something that takes long is given up: a quarter of an hour. */
+const LONG_TRIES = 1800
 
 const pattern = Buffer.from(
   Uint8Array.from({ length: 2 * PERIOD }, (_, place) => (place * 7 + ((place % PERIOD) >> 8)) & 0xff)
@@ -99,23 +103,36 @@ const main = Effect.gen(function*() {
   const endpoint = yield* linux.guest.getHostVsockEndpoint
   yield* linux.run("dd if=/dev/vda of=/tmp/vsock bs=4096 2>/dev/null && chmod +x /tmp/vsock")
 
+  /** What a program prints that takes longer than a command of the shell may, and how long it took in seconds. */
+  const runLong = Effect.fnUntraced(function*(command: string) {
+    yield* linux.run(`(${command}; echo done) > /tmp/long 2>&1 &`)
+    const begun = performance.now()
+    const text = yield* until(linux.run("cat /tmp/long"), (text) => text.endsWith("\ndone"), LONG_TRIES)
+    return { text: text.slice(0, -"\ndone".length), seconds: (performance.now() - begun) / 1000 }
+  })
+  const transfer = Effect.fnUntraced(function*(command: string) {
+    const { seconds, text } = yield* runLong(command)
+    yield* Console.log(`${(LONG * 8 / seconds / 1e6).toFixed(0)} Mb/s`)
+    return text
+  })
   yield* linux.step(
     `guest to host, ${LONG / MEBIBYTE} MiB`,
     Effect.gen(function*() {
-      assert.strictEqual(yield* linux.run(`/tmp/vsock send ${HOST} ${SINK} ${LONG}`), `${LONG} right`)
+      assert.strictEqual(yield* transfer(`/tmp/vsock send ${HOST} ${SINK} ${LONG}`), `${LONG} right`)
     })
   )
   yield* linux.step(
     `host to guest, ${LONG / MEBIBYTE} MiB`,
     Effect.gen(function*() {
-      assert.strictEqual(yield* linux.run(`/tmp/vsock take ${HOST} ${SOURCE}`), `took ${LONG} right`)
+      assert.strictEqual(yield* transfer(`/tmp/vsock take ${HOST} ${SOURCE}`), `took ${LONG} right`)
     })
   )
   yield* linux.step(
     `${SHORT_CONNECTIONS} connections of the guest`,
     Effect.gen(function*() {
-      const made = yield* linux.run(`/tmp/vsock short ${HOST} ${ECHO} ${SHORT_CONNECTIONS}`)
-      assert.strictEqual(made, `made ${SHORT_CONNECTIONS}`)
+      const { seconds, text } = yield* runLong(`/tmp/vsock short ${HOST} ${ECHO} ${SHORT_CONNECTIONS}`)
+      assert.strictEqual(text, `made ${SHORT_CONNECTIONS}`)
+      yield* Console.log(`${(SHORT_CONNECTIONS / seconds).toFixed(0)} connections/s`)
     })
   )
   yield* linux.step(
@@ -140,7 +157,7 @@ const main = Effect.gen(function*() {
     "connections of the host",
     Effect.gen(function*() {
       yield* VsockUnixSockets.serve(endpoint, unix)
-      yield* linux.run(`/tmp/vsock echo ${GUEST_PORT} ${CONNECTIONS + 1} > /tmp/echo 2>&1 &`)
+      yield* linux.run(`/tmp/vsock echo ${GUEST_PORT} ${CONNECTIONS + 2} > /tmp/echo 2>&1 &`)
       yield* until(linux.run("cat /tmp/echo"), (text) => text.includes("listening"))
       const echoes = yield* Effect.forEach(
         Array.from({ length: CONNECTIONS }, (_, i) => i * 5000),
@@ -157,6 +174,18 @@ const main = Effect.gen(function*() {
         { concurrency: 5 }
       )
       assert.ok(echoes.every((isRight) => isRight))
+      const times = yield* Effect.scoped(Effect.gen(function*() {
+        const socket = yield* endpoint.connect2(GUEST_PORT)
+        const times: Array<number> = []
+        for (let i = 0; i < ROUND_TRIPS; i++) {
+          const begun = performance.now()
+          yield* socket.write(Uint8Array.of(i))
+          assert.deepStrictEqual(Array.from((yield* socket.read) ?? []), [i])
+          times.push(performance.now() - begun)
+        }
+        return times.toSorted((a, b) => a - b)
+      }))
+      yield* Console.log(`round trip ${times[ROUND_TRIPS / 2]?.toFixed(2)} ms, p99 ${times.at(-2)?.toFixed(2)} ms`)
       const answer = yield* Effect.callback<string>((resume) => {
         const client = connect({ path: unix, allowHalfOpen: true })
         let text = ""
