@@ -8,10 +8,10 @@
 import { Console } from "@troupe/core/Console"
 import { DeviceFailure, type DevicePolicy } from "@troupe/core/Device"
 import { DeviceCatalog } from "@troupe/core/DeviceCatalog"
+import { restartPolicy } from "@troupe/core/RestartSchedule"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
-import * as Schedule from "effect/Schedule"
 import type * as Scope from "effect/Scope"
 import { DescriptorChain } from "../virtio/DescriptorChain.ts"
 import { hasFeature, makeFeatures } from "../virtio/Features.ts"
@@ -46,10 +46,7 @@ export const CONSOLE_CHAINS_PER_TURN = 64
 const SIGNAL_LOOK = 0
 
 /** A console that is started again a few times, at growing intervals, when it fails. */
-export const consolePolicy: DevicePolicy = {
-  _tag: "restart",
-  schedule: Schedule.exponential("100 millis").pipe(Schedule.upTo({ times: 5 }))
-}
+export const consolePolicy: DevicePolicy = restartPolicy({ delay: "100 millis" })
 
 /** A queue out of which the driver's bytes come, and the chain in hand, which may wait for room. */
 class Transmit {

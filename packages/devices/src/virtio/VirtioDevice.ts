@@ -4,9 +4,10 @@
  * A device takes chains from its queues and completes them. Everything that all virtio devices have alike (registers, status,
  * negotiation, interrupts, what a broken driver leads to) is the transport's.
  */
-import type { DeviceFailure } from "@troupe/core/Device"
+import type { DeviceFailure, DevicePolicy, PluggableMemoryRequest } from "@troupe/core/Device"
 import type { GuestMemory } from "@troupe/core/GuestMemory"
 import type { PluggableMemory } from "@troupe/core/Hypervisor"
+import type * as Context from "effect/Context"
 import type * as Effect from "effect/Effect"
 import type * as Scope from "effect/Scope"
 import type { Features } from "./Features.ts"
@@ -82,3 +83,15 @@ export interface VirtioDevice {
 
 /** The most bytes of a configuration space: what a page has behind the registers of virtio-mmio. */
 export const CONFIG_SIZE_MAX = 0xf00
+
+/** What a device may choose besides its own nature, whatever its transport. */
+export interface VirtioOptions {
+  /** Unique in its machine, e.g. `rng0`. */
+  readonly name: string
+  /** What happens when the device fails. Default: the machine's policy. */
+  readonly policy?: DevicePolicy
+  /** Services that it publishes to clients of the guest. */
+  readonly services?: Context.Context<never>
+  /** Hot-pluggable memory that the device needs. Default: none. */
+  readonly pluggableMemory?: PluggableMemoryRequest
+}

@@ -7,26 +7,13 @@
 import { virtioMmioDevice } from "@troupe/core/acpi/AcpiDevices"
 import { VIRTIO_MMIO_SIZE } from "@troupe/core/boot/MachineLayout"
 import type { Doorbell } from "@troupe/core/Bus"
-import type { Device, DevicePolicy, PluggableMemoryRequest } from "@troupe/core/Device"
-import type * as Context from "effect/Context"
+import type { Device } from "@troupe/core/Device"
 import * as Effect from "effect/Effect"
 import { readPage } from "../RegisterPage.ts"
 import { startTransport } from "./TransportStart.ts"
-import type { VirtioDevice } from "./VirtioDevice.ts"
+import type { VirtioDevice, VirtioOptions } from "./VirtioDevice.ts"
 import { InterruptCause, Register } from "./VirtioMmioLayout.ts"
 import { MmioRegisters } from "./VirtioMmioRegisters.ts"
-
-/** What a device may choose besides its own nature. */
-export interface VirtioMmioOptions {
-  /** Unique in its machine, e.g. `rng0`. */
-  readonly name: string
-  /** What happens when the device fails. Default: the machine's policy. */
-  readonly policy?: DevicePolicy
-  /** Services that it publishes to clients of the guest. */
-  readonly services?: Context.Context<never>
-  /** Hot-pluggable memory that the device needs. Default: none. */
-  readonly pluggableMemory?: PluggableMemoryRequest
-}
 
 /**
  * The doorbells: one for each queue, then the acknowledgement of an interrupt for used buffers alone, which nobody needs to
@@ -38,7 +25,7 @@ const doorbellsOf = (device: VirtioDevice): ReadonlyArray<Doorbell> => [
 ]
 
 /** A virtio device behind virtio-mmio: one page of registers, one interrupt, one ACPI node. */
-export const virtioMmio = (device: VirtioDevice, options: VirtioMmioOptions): Device => ({
+export const virtioMmio = (device: VirtioDevice, options: VirtioOptions): Device => ({
   name: options.name,
   ranges: [{
     space: "mmio",

@@ -14,8 +14,7 @@ import type { PciCapability, PciFunction } from "../pci/PciConfigSpace.ts"
 import { PciCapabilityId } from "../pci/PciLayout.ts"
 import { readPage } from "../RegisterPage.ts"
 import { startTransport } from "./TransportStart.ts"
-import { CONFIG_SIZE_MAX, type VirtioDevice } from "./VirtioDevice.ts"
-import type { VirtioMmioOptions } from "./VirtioMmio.ts"
+import { CONFIG_SIZE_MAX, type VirtioDevice, type VirtioOptions } from "./VirtioDevice.ts"
 import {
   NOTIFY_OFF_MULTIPLIER,
   PCI_QUEUES_MAX,
@@ -99,7 +98,7 @@ const functionOf = (device: VirtioDevice, pages: number, calls: number): PciFunc
 })
 
 /** A virtio device behind virtio-pci: one function of bus 0, with its interrupts as messages. */
-export const virtioPci = (device: VirtioDevice, options: VirtioMmioOptions): Device => ({
+export const virtioPci = (device: VirtioDevice, options: VirtioOptions): Device => ({
   name: options.name,
   ranges: [
     { space: "mmio", window: "pci-function", size: PAGE_SIZE, read: "register-page", write: "call" },

@@ -2,12 +2,9 @@
 import type { Device } from "@troupe/core/Device"
 import type { GuestConfig } from "@troupe/core/GuestConfig"
 import { makeFeatures, unionFeatures, VIRTIO_F_RING_PACKED } from "./Features.ts"
-import type { VirtioDevice } from "./VirtioDevice.ts"
-import { virtioMmio, type VirtioMmioOptions } from "./VirtioMmio.ts"
+import type { VirtioDevice, VirtioOptions } from "./VirtioDevice.ts"
+import { virtioMmio } from "./VirtioMmio.ts"
 import { virtioPci } from "./VirtioPci.ts"
-
-/** What a device may choose besides its own nature, whatever its transport. */
-export type VirtioOptions = VirtioMmioOptions
 
 /** What the configuration of a machine says about all of its virtio devices. */
 export type VirtioChoices = Pick<GuestConfig, "virtioTransport" | "virtioPackedRing">

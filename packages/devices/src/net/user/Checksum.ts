@@ -2,15 +2,10 @@
  * The checksum of the internet protocols (RFC 1071): sums are made piece by piece and folded once.
  */
 
+import { foldSum } from "../InternetChecksum.ts"
+
 /** The most bytes that are summed before the sum is folded, so that it stays a small integer. */
 const FOLD_EVERY = 0x2000
-
-/** A sum brought to 16 bits, with the carries added in again. */
-export const foldSum = (sum: number): number => {
-  let folded = (sum & 0xffff) + (sum >>> 16)
-  folded = (folded & 0xffff) + (folded >>> 16)
-  return (folded & 0xffff) + (folded >>> 16)
-}
 
 /** Adds `bytes` from `from` up to `to` to a sum. The piece begins at an even place of what is summed. */
 export const addToSum = (sum: number, bytes: Uint8Array, from: number, to: number): number => {

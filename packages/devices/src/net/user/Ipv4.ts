@@ -1,7 +1,8 @@
 /**
  * IPv4 headers (RFC 791) and addresses, which are 32-bit numbers.
  */
-import { addToSum, checksumOf, foldSum, isWhole } from "./Checksum.ts"
+import { foldSum } from "../InternetChecksum.ts"
+import { addToSum, checksumOf, isWhole } from "./Checksum.ts"
 import { getU16, getU32, putU16, putU32 } from "./Octets.ts"
 
 /** Bytes of a header without options. */

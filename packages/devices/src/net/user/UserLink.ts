@@ -3,7 +3,8 @@
  */
 import { Offload } from "@troupe/core/NetBackend"
 import { FRAME_NEEDS_CHECKSUM, GSO_TCPV4, type NetFrame } from "@troupe/core/NetFrame"
-import { addToSum, checksumOf, foldSum } from "./Checksum.ts"
+import { foldSum } from "../InternetChecksum.ts"
+import { addToSum, checksumOf } from "./Checksum.ts"
 import { ETHERNET_HEADER, ETHERTYPE_IPV4, type MacAddress, writeEthernet } from "./Ethernet.ts"
 import { encodeUnreachable, ICMP_ERROR_MAX } from "./Icmp.ts"
 import {
