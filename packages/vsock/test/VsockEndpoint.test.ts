@@ -1,13 +1,14 @@
 /** The endpoint of a machine as its host uses it: listeners, connections, ends, and guests that talk to each other. */
 import { assert, describe, it } from "@effect/vitest"
 import type { HostVsockEndpoint, VsockSocket } from "@troupe/core/HostVsockEndpoint"
-import { VsockRefused } from "@troupe/core/HostVsockEndpoint"
+import { VSOCK_PORT_ANY, VsockRefused } from "@troupe/core/HostVsockEndpoint"
 import { type VsockDriver, VsockStream } from "@troupe/core/testing/drivers/VsockDriver"
 import type { GuestCpu, GuestRoutine } from "@troupe/core/testing/GuestCpu"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
 import * as Ref from "effect/Ref"
 import * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
@@ -57,6 +58,50 @@ describe("Listening", () => {
       yield* endpoint.listen(5, () => Effect.succeed((socket) => socket.write(encode("late"))))
       yield* Fiber.join(run)
       assert.strictEqual(answer, "late")
+    })))
+
+  it.effect("gives a port of the configuration back to it, where connections wait again", () =>
+    alone(Effect.gen(function*() {
+      const answers: Array<string> = []
+      const firstHeard = yield* Deferred.make<void>()
+      const program = guestOf(function*(cpu, vsock) {
+        for (const port of [1000, 1001]) {
+          const stream = yield* VsockStream.connect(cpu, vsock, port, 5)
+          answers.push(decode(yield* stream?.read(cpu) ?? []))
+          while (stream !== undefined && (yield* stream.read(cpu)) !== undefined);
+          Deferred.doneUnsafe(firstHeard, Effect.void)
+        }
+      })
+      const { endpoint, lifecycle } = yield* create(program, [{ port: 5 }])
+      const answer = (text: string) => endpoint.listen(5, () => Effect.succeed((socket) => socket.write(encode(text))))
+      const run = yield* Effect.scoped(Effect.gen(function*() {
+        yield* answer("first")
+        const run = yield* Effect.forkDetach(lifecycle.run)
+        yield* Deferred.await(firstHeard)
+        return run
+      }))
+      for (let turn = 0; turn < 100; turn++) yield* Effect.yieldNow
+      yield* answer("second")
+      yield* Fiber.join(run)
+      assert.deepStrictEqual(answers, ["first", "second"])
+    })))
+
+  it.effect("on every port serves those that nobody else listens on", () =>
+    alone(Effect.gen(function*() {
+      const answers: Array<string> = []
+      const program = guestOf(function*(cpu, vsock) {
+        for (const port of [5, 6, 0xffff_fffe]) {
+          const stream = yield* VsockStream.connect(cpu, vsock, 1000 + answers.length, port)
+          answers.push(decode(yield* stream?.read(cpu) ?? []))
+          while (stream !== undefined && (yield* stream.read(cpu)) !== undefined);
+        }
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      const answer = (text: string) => () => Effect.succeed((socket: VsockSocket) => socket.write(encode(text)))
+      yield* endpoint.listen(VSOCK_PORT_ANY, ({ port }) => answer(`any ${port}`)())
+      yield* endpoint.listen(6, answer("six"))
+      yield* lifecycle.run
+      assert.deepStrictEqual(answers, ["any 5", "six", "any 4294967294"])
     })))
 
   it.effect("refuses by an acceptor that does not want a connection", () =>
@@ -195,6 +240,52 @@ describe("Connecting", () => {
       yield* Fiber.join(run)
       assert.deepStrictEqual(packets, [4, 3])
     })))
+})
+
+describe("A reader", () => {
+  it.effect("hears of a reset after all that came before it", () =>
+    alone(Effect.gen(function*() {
+      const heard = yield* Deferred.make<string>()
+      const program = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 5)
+        yield* stream?.write(cpu, encode("before")) ?? []
+        yield* vsock.send(cpu, { op: 3, srcPort: 1000, dstPort: 5 })
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      yield* endpoint.listen(5, () =>
+        Effect.succeed((socket) =>
+          Effect.gen(function*() {
+            const bytes = decode(yield* socket.read)
+            const error = yield* Effect.flip(socket.read)
+            yield* Deferred.succeed(heard, `${bytes}, ${error.status}`)
+          })
+        ))
+      yield* lifecycle.run
+      assert.strictEqual(yield* Deferred.await(heard), "before, PEER_CLOSED")
+    })))
+})
+
+describe("A manager", () => {
+  it.effect("tells of connections that have ended", () =>
+    Effect.gen(function*() {
+      const manager = yield* VsockManager
+      const program = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 5)
+        yield* stream?.close(cpu) ?? []
+      })
+      const seen = yield* Effect.forkChild(Stream.runHead(manager.shutdowns), { startImmediately: true })
+      yield* Effect.scoped(Effect.gen(function*() {
+        const { endpoint, lifecycle } = yield* create(program)
+        yield* endpoint.listen(5, () => Effect.succeed((socket) => Effect.asVoid(socket.read)))
+        yield* lifecycle.run
+      })).pipe(Effect.provide(layerMachine(manager)))
+      assert.deepStrictEqual(Option.getOrUndefined(yield* Fiber.join(seen)), {
+        srcCid: 2,
+        srcPort: 5,
+        dstCid: 3,
+        dstPort: 1000
+      })
+    }).pipe(Effect.provide(VsockManager.layer)))
 })
 
 describe("A machine that is gone", () => {
