@@ -135,6 +135,11 @@ export class VsockConnection {
     return this.#state === "ShutdownClean" || this.#state === "ShutdownForced"
   }
 
+  /** Bytes that have come, modulo 2^32. */
+  get receivedBytes(): number {
+    return this.#received
+  }
+
   /** How much of its credit is beyond the first. */
   get grown(): number {
     return this.bufAlloc - BUFFER_SIZE
