@@ -67,8 +67,9 @@ describe("Listening", () => {
       const program = guestOf(function*(cpu, vsock) {
         for (const port of [1000, 1001]) {
           const stream = yield* VsockStream.connect(cpu, vsock, port, 5)
-          answers.push(decode(yield* stream?.read(cpu) ?? []))
-          while (stream !== undefined && (yield* stream.read(cpu)) !== undefined);
+          if (stream === undefined) throw new Error("refused")
+          answers.push(decode(yield* stream.read(cpu)))
+          while ((yield* stream.read(cpu)) !== undefined);
           Deferred.doneUnsafe(firstHeard, Effect.void)
         }
       })
@@ -92,8 +93,9 @@ describe("Listening", () => {
       const program = guestOf(function*(cpu, vsock) {
         for (const port of [5, 6, 0xffff_fffe]) {
           const stream = yield* VsockStream.connect(cpu, vsock, 1000 + answers.length, port)
-          answers.push(decode(yield* stream?.read(cpu) ?? []))
-          while (stream !== undefined && (yield* stream.read(cpu)) !== undefined);
+          if (stream === undefined) throw new Error("refused")
+          answers.push(decode(yield* stream.read(cpu)))
+          while ((yield* stream.read(cpu)) !== undefined);
         }
       })
       const { endpoint, lifecycle } = yield* create(program)
