@@ -21,7 +21,8 @@ const means: ReadonlyArray<{ readonly package: string; readonly present: () => b
   { package: "qemu-system-x86", present: () => hasCommand(EMULATOR) },
   { package: "seabios", present: () => firmwareFolders.some((folder) => existsSync(`${folder}/bios-256k.bin`)) },
   { package: "e2fsprogs", present: () => hasCommand("mkfs.ext4") },
-  { package: "util-linux", present: () => hasCommand("setpriv") }
+  { package: "util-linux", present: () => hasCommand("setpriv") },
+  { package: "socat", present: () => hasCommand("socat") }
 ]
 
 /** Why the lab cannot run on this host, in one line; undefined when it can. */

@@ -20,12 +20,14 @@ export const labPaths = {
   repository: "/repo",
   node: "/usr/bin/node",
   busybox: "/bin/busybox",
+  /** The distribution's socat with its libraries, for guests, as a tar archive. */
+  socat: "/lab/socat.tar",
   /** The modules of all virtio devices, uncompressed. */
   modules: "/lab/modules"
 } as const
 
 /** Raised when the layout of the image changes, so that older ones are built anew. */
-const LAYOUT = 5
+const LAYOUT = 6
 
 /** The firmware of QEMU's microvm and q35 machines with a kernel given. */
 const FIRMWARE = ["bios-microvm.bin", "qboot.rom", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin"]
@@ -64,6 +66,9 @@ const stage = async (root: string, kernel: LinuxKernel, initrd: Buffer): Promise
   await copyTo(root, kernel.bzImage, labPaths.bzImage)
   await copyTo(root, kernel.vmlinux, labPaths.vmlinux)
   await writeFile(join(root, labPaths.initrd), initrd)
+  const socat = await commandPath("socat")
+  const files = [socat, ...await librariesOf(socat)].map((path) => path.slice(1))
+  await runOk("tar", ["--create", "--dereference", "--file", join(root, labPaths.socat), "--directory", "/", ...files])
   await mkdir(join(root, labPaths.modules))
   await writeFile(join(root, labPaths.modules, "modules.builtin"), kernel.modules?.builtin ?? "")
   for (const { data, name } of await kernel.modules?.load(DEVICE_MODULES) ?? []) {

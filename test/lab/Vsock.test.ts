@@ -14,6 +14,7 @@ const STEPS = [
   "messages",
   "a port that nobody listens on",
   "connections of the host",
+  "socat, both ways",
   "a handler that dies",
   "a program of the guest that is killed",
   "the driver leaves and comes back",

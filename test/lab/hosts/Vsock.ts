@@ -6,12 +6,14 @@ import * as Console from "effect/Console"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
+import * as Schedule from "effect/Schedule"
 import * as Stream from "effect/Stream"
 import * as assert from "node:assert"
 import { mkdtempSync, readFileSync, writeFileSync } from "node:fs"
 import { connect } from "node:net"
 import { join } from "node:path"
 import { fileURLToPath } from "node:url"
+import { labPaths } from "../../../scripts/lab/RootImage.ts"
 import { runHost, startLinux, until } from "./LinuxHost.ts"
 
 const PROGRAM = fileURLToPath(new URL("../../guest/linux/vsock", import.meta.url))
@@ -26,6 +28,7 @@ const FAILING = 4
 const HELD = 5
 const NOBODY = 6
 const GUEST_PORT = 80
+const SOCAT_PORT = 81
 /** Bytes of the long transfers. */
 const LONG = Number(process.env["TROUPE_VSOCK_BYTES"] ?? 64 * MEBIBYTE)
 const SHORT_CONNECTIONS = Number(process.env["TROUPE_VSOCK_CONNECTIONS"] ?? 1000)
@@ -98,7 +101,10 @@ const main = Effect.gen(function*() {
     guestMemory: "256M",
     virtioVsock: true,
     vsockListeners: listeners,
-    blockDevices: [{ id: "program", mode: "READ_ONLY", format: "FILE", client: BlockFile.fromPath(path) }]
+    blockDevices: [
+      { id: "program", mode: "READ_ONLY", format: "FILE", client: BlockFile.fromPath(path) },
+      { id: "socat", mode: "READ_ONLY", format: "FILE", client: BlockFile.fromPath(labPaths.socat) }
+    ]
   })
   const endpoint = yield* linux.guest.getHostVsockEndpoint
   yield* linux.run("dd if=/dev/vda of=/tmp/vsock bs=4096 2>/dev/null && chmod +x /tmp/vsock")
@@ -197,6 +203,30 @@ const main = Effect.gen(function*() {
       })
       assert.match(answer, /^OK \d+\nover a Unix socket$/)
       yield* until(linux.run("cat /tmp/echo"), (text) => text.includes("echoed"))
+    })
+  )
+  yield* linux.step(
+    "socat, both ways",
+    Effect.gen(function*() {
+      yield* linux.run("mkdir -p /tmp/root && tar xf /dev/vdb -C /tmp/root")
+      const socat = "chroot /tmp/root /usr/bin/socat -t 30"
+      assert.strictEqual(yield* linux.run(`echo from socat | ${socat} - VSOCK-CONNECT:${HOST}:${ECHO}`), "from socat")
+      yield* linux.run(`${socat} VSOCK-LISTEN:${SOCAT_PORT} PIPE > /tmp/socat 2>&1 &`)
+      const connected = endpoint.connect2(SOCAT_PORT).pipe(
+        Effect.retry(Schedule.spaced("500 millis").pipe(Schedule.upTo({ times: 60 })))
+      )
+      const answer = yield* Effect.scoped(Effect.gen(function*() {
+        const socket = yield* connected
+        yield* socket.write(Buffer.from("to socat"))
+        yield* socket.shutdown("send")
+        let text = ""
+        yield* Stream.runForEach(socket.input, (bytes) =>
+          Effect.sync(() => {
+            text += Buffer.from(bytes).toString()
+          }))
+        return text
+      }))
+      assert.strictEqual(answer, "to socat")
     })
   )
   yield* linux.step(
