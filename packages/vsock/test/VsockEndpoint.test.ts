@@ -87,6 +87,16 @@ describe("Listening", () => {
       assert.deepStrictEqual(answers, ["first", "second"])
     })))
 
+  it.effect("on thousands of ports is free again on each of them when it ends", () =>
+    alone(Effect.gen(function*() {
+      const { endpoint } = yield* create(idle)
+      const accept = () => Effect.succeed(() => Effect.void)
+      const ports = Array.from({ length: 5000 }, (_, index) => index * 7)
+      for (let round = 0; round < 2; round++) {
+        yield* Effect.scoped(Effect.forEach(ports, (port) => endpoint.listen(port, accept), { concurrency: 100 }))
+      }
+    })))
+
   it.effect("on every port serves those that nobody else listens on", () =>
     alone(Effect.gen(function*() {
       const answers: Array<string> = []
@@ -157,6 +167,42 @@ describe("A handler", () => {
       yield* endpoint.listen(6, () => Effect.succeed((socket) => socket.write(encode("fine"))))
       yield* lifecycle.run
       assert.deepStrictEqual(ends, ["", "fine"])
+    })))
+
+  it.effect("that fails has its connection reset, and one that returns has it ended in good order", () =>
+    alone(Effect.gen(function*() {
+      const ops: Array<number> = []
+      const program = guestOf(function*(cpu, vsock) {
+        for (const port of [5, 6]) {
+          yield* vsock.send(cpu, { op: 1, srcPort: 1000 + port, dstPort: port, bufAlloc: 100 })
+          ops.push((yield* vsock.receive(cpu)).op)
+          ops.push((yield* vsock.receive(cpu)).op)
+        }
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      yield* endpoint.listen(5, () => Effect.succeed(() => Effect.fail("injected")))
+      yield* endpoint.listen(6, () => Effect.succeed(() => Effect.void))
+      yield* lifecycle.run
+      assert.deepStrictEqual(ops, [2, 3, 2, 4])
+    })))
+
+  it.effect("is not asked for any more by a guest that has given up", () =>
+    alone(Effect.gen(function*() {
+      const interrupted = yield* Deferred.make<void>()
+      const asked = yield* Deferred.make<void>()
+      const program = guestOf(function*(cpu, vsock) {
+        yield* vsock.send(cpu, { op: 1, srcPort: 1000, dstPort: 5 })
+        while (!Deferred.isDoneUnsafe(asked)) yield* cpu.yield()
+        yield* vsock.send(cpu, { op: 3, srcPort: 1000, dstPort: 5 })
+        while (!Deferred.isDoneUnsafe(interrupted)) yield* cpu.yield()
+      })
+      const { endpoint, lifecycle } = yield* create(program)
+      yield* endpoint.listen(5, () =>
+        Effect.andThen(
+          Deferred.succeed(asked, undefined),
+          Effect.onInterrupt(Effect.never, () => Deferred.succeed(interrupted, undefined))
+        ))
+      yield* lifecycle.run
     })))
 
   it.effect("has a scope of its own, which closes with it", () =>
@@ -399,6 +445,43 @@ describe("Guests of one manager", () => {
       }))
       return ops
     }).pipe(Effect.provide(VsockManager.layerWith({ policy: () => Effect.succeed(true) })))
+
+  it.effect("get each other's bytes in order, whatever pieces they come in", () =>
+    Effect.gen(function*() {
+      const sizes = [1, 2000, 3, 1500, 2048, 700, 1, 1, 2047]
+      const sent = Uint8Array.from({ length: 30 * sizes.reduce((a, b) => a + b) }, (_, place) =>
+        (place * 7 + (place >> 8)) & 0xff)
+      const got: Array<number> = []
+      const manager = yield* VsockManager
+      const receiver = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.accept(cpu, vsock, 80)
+        for (let bytes = yield* stream.read(cpu); bytes !== undefined; bytes = yield* stream.read(cpu)) {
+          got.push(...bytes)
+        }
+      })
+      const sender = guestOf(function*(cpu, vsock) {
+        const stream = yield* VsockStream.connect(cpu, vsock, 1000, 80, 3)
+        let at = 0
+        for (let piece = 0; at < sent.length; piece++) {
+          const part = sent.subarray(at, at + (sizes[piece % sizes.length] ?? 1))
+          yield* stream?.write(cpu, part) ?? []
+          at += part.length
+        }
+        yield* stream?.close(cpu) ?? []
+      })
+      yield* Effect.scoped(Effect.gen(function*() {
+        const a = yield* Effect.provide(create(receiver), yield* Layer.build(layerMachine(manager)))
+        const b = yield* Effect.provide(create(sender), yield* Layer.build(layerMachine(manager)))
+        const receiving = yield* Effect.forkChild(a.lifecycle.run)
+        const sending = yield* Effect.forkChild(b.lifecycle.run)
+        yield* Fiber.join(receiving)
+        yield* Fiber.join(sending)
+      }))
+      assert.deepStrictEqual(Uint8Array.from(got), sent)
+    }).pipe(Effect.provide(VsockManager.layerWith({
+      policy: () =>
+        Effect.succeed(true)
+    }))))
 
   it.effect("hear of each other's end, after all that was sent", () =>
     Effect.gen(function*() {
