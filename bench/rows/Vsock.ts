@@ -470,7 +470,8 @@ export const idleMemory = async (effort: Effort): Promise<Row> => {
   let perSocket = Number.NaN
   const before = used()
   await unixSocket(
-    `const open = []; for (let i = 0; i < ${count}; i++) open.push(net.connect(path).on("end", function () { this.destroy() }).resume())`,
+    `let left = ${count}; const open = () => { if (left === 0) return; const socket = net.connect(path, () => { left--; open() })
+     socket.resume().on("end", () => socket.destroy()).on("error", () => setTimeout(open, 5)) }; open()`,
     (socket) => {
       sockets.push(socket)
       socket.resume()
