@@ -7,6 +7,7 @@ import {
   VsockRefused,
   type VsockSocket
 } from "@troupe/core/HostVsockEndpoint"
+import { HOST_CID } from "@troupe/vsock/Cid"
 import type * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
@@ -56,7 +57,7 @@ export const connect = (
 ): Effect.Effect<Socket.Socket, VsockError, Scope.Scope> => Effect.map(endpoint.connect2(guestPort), toSocket)
 
 /** What Effect calls the address of a host port: `vsock:CID:PORT`. */
-export const vsockAddress = (port: number) => unixPathAddress(`vsock:2:${port}`)
+export const vsockAddress = (port: number) => unixPathAddress(`vsock:${HOST_CID}:${port}`)
 
 /**
  * Effect's `SocketServer` on a host port of a guest. The port listens from now on, and its connections wait until the server

@@ -8,11 +8,12 @@ import * as Layer from "effect/Layer"
 import type * as Scope from "effect/Scope"
 import { createServer, type Server } from "node:http"
 import { serveDuplex } from "./VsockDuplex.ts"
+import { vsockAddress } from "./VsockEffectSocket.ts"
 
 /** A server of Node that is given its connections, and binds nothing itself. */
 const unbound = (port: number): Server => {
   const server = createServer()
-  const address = `vsock:2:${port}`
+  const address = vsockAddress(port).path
   return Object.assign(server, {
     address: () => address,
     listen: (_options: unknown, listening: () => void) => {

@@ -5,7 +5,7 @@
  * room for throws and so ends the test. It needs guest memory only, no vCPU.
  */
 import type { GuestMemory, MemoryRegion } from "../../GuestMemory.ts"
-import type { DriverBuffer, QueueDriver, UsedChain } from "./QueueDriver.ts"
+import { clearedRegion, type DriverBuffer, type QueueDriver, type UsedChain } from "./QueueDriver.ts"
 
 const DESC_F_NEXT = 1
 const DESC_F_WRITE = 2
@@ -66,10 +66,7 @@ export class PackedQueueDriver implements QueueDriver {
   constructor(options: PackedQueueOptions) {
     const { address, memory, size } = options
     const places = layout(address, size)
-    const region = memory.regionOf(address, places.end - address)
-    if (region === undefined || address % DESCRIPTOR_SIZE !== 0) {
-      throw new RangeError(`no room for a queue at ${address}`)
-    }
+    const region = clearedRegion(memory, address, places.end)
     this.size = size
     this.indirect = options.indirect
     this.eventIndex = options.eventIndex
@@ -79,7 +76,6 @@ export class PackedQueueDriver implements QueueDriver {
     this.#tables = places.tables
     this.#region = region
     this.#freeEntries = size
-    region.bytes.fill(0, address - region.guestAddress, places.end - region.guestAddress)
     for (let id = size - 1; id >= 0; id--) this.#freeIds.push(id)
   }
 

@@ -1,4 +1,18 @@
 /** The driver's side of a virtqueue, whatever the format of its rings: what `SplitQueueDriver` and `PackedQueueDriver` have alike. */
+import type { GuestMemory, MemoryRegion } from "../../GuestMemory.ts"
+
+/** Alignment of a queue's memory in bytes, which is also the size of a descriptor. */
+const QUEUE_ALIGNMENT = 16
+
+/** The region that holds a queue's memory, `[address, end)`, which is zero then. Throws where there is no such memory. */
+export const clearedRegion = (memory: GuestMemory, address: number, end: number): MemoryRegion => {
+  const region = memory.regionOf(address, end - address)
+  if (region === undefined || address % QUEUE_ALIGNMENT !== 0) {
+    throw new RangeError(`no room for a queue at ${address}`)
+  }
+  region.bytes.fill(0, address - region.guestAddress, end - region.guestAddress)
+  return region
+}
 
 /** A buffer of a chain. */
 export interface DriverBuffer {

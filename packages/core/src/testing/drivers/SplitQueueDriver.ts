@@ -5,7 +5,7 @@
  * room for throws and so ends the test. It needs guest memory only, no vCPU.
  */
 import type { GuestMemory, MemoryRegion } from "../../GuestMemory.ts"
-import type { DriverBuffer, QueueDriver, UsedChain } from "./QueueDriver.ts"
+import { clearedRegion, type DriverBuffer, type QueueDriver, type UsedChain } from "./QueueDriver.ts"
 
 const DESC_F_NEXT = 1
 const DESC_F_WRITE = 2
@@ -63,10 +63,7 @@ export class SplitQueueDriver implements QueueDriver {
   constructor(options: SplitQueueOptions) {
     const { address, memory, size } = options
     const places = layout(address, size)
-    const region = memory.regionOf(address, places.end - address)
-    if (region === undefined || address % DESCRIPTOR_SIZE !== 0) {
-      throw new RangeError(`no room for a queue at ${address}`)
-    }
+    const region = clearedRegion(memory, address, places.end)
     this.size = size
     this.indirect = options.indirect
     this.eventIndex = options.eventIndex
@@ -75,7 +72,6 @@ export class SplitQueueDriver implements QueueDriver {
     this.usedRing = places.usedRing
     this.#tables = places.tables
     this.#region = region
-    region.bytes.fill(0, address - region.guestAddress, places.end - region.guestAddress)
     for (let index = size - 1; index >= 0; index--) this.#free.push(index)
   }
 

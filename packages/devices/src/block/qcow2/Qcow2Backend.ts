@@ -112,10 +112,17 @@ class Qcow2Image {
     return true
   }
 
-  /** Reads a range whose tables are at hand: one read of the file for each run of clusters that follow each other in it. */
-  #readNow(offset: number, length: number, buffers: ReadonlyArray<BlockBytes>, done: BlockDone): void {
+  /**
+   * Operations on the file that together are one: `done` hears the first failure, once `end` was called and each that was begun
+   * has ended. No cluster is used again meanwhile.
+   */
+  #parts(done: BlockDone): {
+    readonly begin: () => BlockDone
+    readonly fail: (error: BlockBackendError) => void
+    readonly end: () => void
+  } {
     const epoch = this.#epochs.enter()
-    // It stays one ahead until all reads are on their way.
+    // It stays one ahead until all are on their way.
     let running = 1
     let failure: BlockBackendError | undefined
     const end: BlockDone = (error) => {
@@ -124,31 +131,44 @@ class Qcow2Image {
       this.#epochs.leave(epoch)
       done(failure)
     }
+    return {
+      begin: () => {
+        running++
+        return end
+      },
+      fail: (error) => {
+        failure ??= error
+      },
+      end: () => end(undefined)
+    }
+  }
+
+  /** Reads a range whose tables are at hand: one read of the file for each run of clusters that follow each other in it. */
+  #readNow(offset: number, length: number, buffers: ReadonlyArray<BlockBytes>, done: BlockDone): void {
+    const parts = this.#parts(done)
     for (let position = 0; position < length;) {
       const run = this.#runAt(offset + position, length - position)
       const pieces = run.length === length ? buffers : sliceBuffers(buffers, position, run.length)
       position += run.length
       switch (run.kind) {
         case "data":
-          running++
-          this.#readFile(run.offset, pieces, run.length, end)
+          this.#readFile(run.offset, pieces, run.length, parts.begin())
           break
         case "absent":
           if (this.#backing === undefined) {
             zeroBuffers(pieces)
           } else {
-            running++
-            this.#readBacking(this.#backing, offset + position - run.length, pieces, run.length, end)
+            this.#readBacking(this.#backing, offset + position - run.length, pieces, run.length, parts.begin())
           }
           break
         case "zero":
           zeroBuffers(pieces)
           break
         default:
-          failure ??= this.#file.corrupt("read", `the entry for the cluster at ${offset + position - run.length}`)
+          parts.fail(this.#file.corrupt("read", `the entry for the cluster at ${offset + position - run.length}`))
       }
     }
-    end()
+    parts.end()
   }
 
   /** The run of clusters of one kind at `offset`, in the file one after the other. Its tables are at hand. */
@@ -282,27 +302,18 @@ class Qcow2Image {
   }
 
   #writeNow(offset: number, length: number, buffers: ReadonlyArray<BlockBytes>, done: BlockDone): void {
-    const epoch = this.#epochs.enter()
-    let running = 1
-    let failure: BlockBackendError | undefined
-    const end: BlockDone = (error) => {
-      failure ??= error
-      if (--running > 0) return
-      this.#epochs.leave(epoch)
-      done(failure)
-    }
+    const parts = this.#parts(done)
     for (let position = 0; position < length;) {
       const run = this.#runAt(offset + position, length - position)
       const pieces = run.length === length ? buffers : sliceBuffers(buffers, position, run.length)
       position += run.length
       if (this.#file.end < run.offset + run.length || this.#isReserved(run.offset, run.length)) {
-        failure ??= this.#file.corrupt("write", `bytes of the disk are said to be at ${run.offset} of the file`)
+        parts.fail(this.#file.corrupt("write", `bytes of the disk are said to be at ${run.offset} of the file`))
         continue
       }
-      running++
-      this.#file.backend.write(run.offset, pieces, end)
+      this.#file.backend.write(run.offset, pieces, parts.begin())
     }
-    end()
+    parts.end()
   }
 
   /** Whether a range of the file is the header, or one of the tables that are in one piece. */
