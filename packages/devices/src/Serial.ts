@@ -15,8 +15,8 @@ import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
 import type * as Scope from "effect/Scope"
-import { SerialLine } from "./SerialLine.ts"
-import { IIR_FCR, LSR, MSR, RBR_THR_DLL, Uart16550 } from "./Uart16550.ts"
+import { SerialLine } from "./serial/SerialLine.ts"
+import { IIR_FCR, LSR, MSR, RBR_THR_DLL, Uart16550 } from "./serial/Uart16550.ts"
 
 /** The signal that the line wants attention: there is input, or somebody waits. */
 const SIGNAL_LINE = 0

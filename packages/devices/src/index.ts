@@ -2,7 +2,7 @@
 export { type Balloon, balloonPolicy, layerBalloon, makeBalloon } from "./Balloon.ts"
 export { layerBlock, openDisk } from "./Block.ts"
 export { layer } from "./Catalog.ts"
-export { type ConsoleDevice, consolePolicy, layerConsole, makeConsole } from "./console/Console.ts"
+export { type ConsoleDevice, consolePolicy, layerConsole, makeConsole } from "./Console.ts"
 export { entropy, entropyPolicy, layerEntropy } from "./Entropy.ts"
 export { EntropySource } from "./EntropySource.ts"
 export { layerMem, makeMem, memPolicy } from "./Mem.ts"

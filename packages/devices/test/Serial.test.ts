@@ -10,7 +10,7 @@ import * as Scope from "effect/Scope"
 import * as Stream from "effect/Stream"
 import * as fc from "fast-check"
 import { makeSerial } from "../src/Serial.ts"
-import { INPUT_BUFFER_SIZE, LOG_LINES, OUTPUT_HISTORY_SIZE } from "../src/SerialLine.ts"
+import { INPUT_BUFFER_SIZE, LOG_LINES, OUTPUT_HISTORY_SIZE } from "../src/serial/SerialLine.ts"
 import { DeviceHarness } from "./DeviceHarness.ts"
 
 const DATA = 0x3f8

@@ -29,7 +29,7 @@ import {
 import type { DriverBuffer } from "@troupe/core/testing/drivers/QueueDriver"
 import { layerBalloon } from "@troupe/devices/Balloon"
 import { layerBlock } from "@troupe/devices/Block"
-import { layerConsole } from "@troupe/devices/console/Console"
+import { layerConsole } from "@troupe/devices/Console"
 import { layerEntropy } from "@troupe/devices/Entropy"
 import { EntropySource } from "@troupe/devices/EntropySource"
 import { layerMem } from "@troupe/devices/Mem"

@@ -13,12 +13,7 @@ import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import type * as Layer from "effect/Layer"
 import type * as Scope from "effect/Scope"
-import { DescriptorChain } from "../virtio/DescriptorChain.ts"
-import { hasFeature, makeFeatures } from "../virtio/Features.ts"
-import type { VirtioBehaviour, VirtioContext, VirtioDevice } from "../virtio/VirtioDevice.ts"
-import { virtioOn } from "../virtio/VirtioTransport.ts"
-import type { Virtqueue } from "../virtio/Virtqueue.ts"
-import { ConsoleControl, MESSAGE_BYTES_MAX } from "./ConsoleControl.ts"
+import { ConsoleControl, MESSAGE_BYTES_MAX } from "./console/ConsoleControl.ts"
 import {
   CONSOLE_CONFIG_SIZE,
   CONSOLE_QUEUE_SIZE,
@@ -33,9 +28,14 @@ import {
   VIRTIO_CONSOLE_F_MULTIPORT,
   VIRTIO_CONSOLE_F_SIZE,
   VIRTIO_ID_CONSOLE
-} from "./ConsoleLayout.ts"
-import type { ConsoleLine } from "./ConsoleLine.ts"
-import { ConsoleState } from "./ConsoleState.ts"
+} from "./console/ConsoleLayout.ts"
+import type { ConsoleLine } from "./console/ConsoleLine.ts"
+import { ConsoleState } from "./console/ConsoleState.ts"
+import { DescriptorChain } from "./virtio/DescriptorChain.ts"
+import { hasFeature, makeFeatures } from "./virtio/Features.ts"
+import type { VirtioBehaviour, VirtioContext, VirtioDevice } from "./virtio/VirtioDevice.ts"
+import { virtioOn } from "./virtio/VirtioTransport.ts"
+import type { Virtqueue } from "./virtio/Virtqueue.ts"
 
 /** The most bytes moved for one queue in one turn. */
 export const CONSOLE_BYTES_PER_TURN = 0x1_0000
