@@ -1,4 +1,10 @@
 import { defineConfig } from "vitest/config"
+import { takePropertySeed } from "./scripts/property-seed.ts"
+
+// Here, so that all workers inherit it.
+takePropertySeed(process.env)
+
+const setupFiles = ["./scripts/property-setup.ts"]
 
 // `node:ffi` is still marked experimental and says so once a process.
 const execArgv = ["--disable-warning=ExperimentalWarning"]
@@ -12,6 +18,7 @@ export default defineConfig({
           name: "packages",
           include: ["packages/*/test/**/*.test.ts", "test/fake/**/*.test.ts", "test/repository/**/*.test.ts"],
           execArgv,
+          setupFiles,
           // The tiers run one after the other: real machines do not compete with thousands of simulated ones.
           sequence: { groupOrder: 1 },
           maxWorkers: "100%",
@@ -23,6 +30,7 @@ export default defineConfig({
           name: "kvm",
           include: ["test/kvm/**/*.test.ts"],
           execArgv,
+          setupFiles,
           sequence: { groupOrder: 2 },
           maxWorkers: 1,
           testTimeout: 60_000
@@ -33,6 +41,7 @@ export default defineConfig({
           name: "lab",
           include: ["test/lab/**/*.test.ts"],
           execArgv,
+          setupFiles,
           sequence: { groupOrder: 3 },
           maxWorkers: 1,
           testTimeout: 900_000,

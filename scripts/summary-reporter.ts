@@ -1,5 +1,8 @@
-// The end of a test run: tiers that were skipped, by name and reason, and the one plain closing line that CI reads.
+// The end of a test run: what failed, in short, tiers that were skipped, by name and reason, and the one plain closing line
+// that CI reads.
+import { stripVTControlCharacters } from "node:util"
 import type { Reporter, SerializedError, TestModule } from "vitest/node"
+import { PROPERTY_SEED_VARIABLE } from "./property-seed.ts"
 import { type SkippedTier, tiersFromEnvironment } from "./tiers.ts"
 
 /** What the closing line counts. */
@@ -49,10 +52,51 @@ const errorsOutsideTests = (module: TestModule): number => {
   return errors
 }
 
-/** Prints the closing line `N passed, N failed, N skipped`. */
+/** A failure: the file and name of the test, or what failed outside any test, and why. */
+export interface Failure {
+  readonly where: string
+  readonly errors: ReadonlyArray<Pick<SerializedError, "message" | "name">>
+}
+
+const failuresOf = (module: TestModule): ReadonlyArray<Failure> => {
+  const file = module.relativeModuleId
+  const failures: Array<Failure> = [{ where: `${file} (outside any test)`, errors: module.errors() }]
+  for (const suite of module.children.allSuites()) {
+    failures.push({ where: `${file} > ${suite.fullName} (outside any test)`, errors: suite.errors() })
+  }
+  for (const test of module.children.allTests("failed")) {
+    failures.push({ where: `${file} > ${test.fullName}`, errors: test.result().errors ?? [] })
+  }
+  return failures.filter(({ errors, where }) => errors.length > 0 || !where.endsWith("(outside any test)"))
+}
+
+/** The most lines, and characters of a line, that the summary quotes of an error: the log above has the whole. */
+const QUOTED_LINES = 8
+const QUOTED_COLUMNS = 160
+
+/** The failures in short, each under a line `Failed: ...`. */
+export const describeFailures = (failures: ReadonlyArray<Failure>): string =>
+  failures.map(({ errors, where }) => {
+    const quoted = errors.flatMap(({ message, name }) => {
+      const lines = stripVTControlCharacters(`${name ?? "Error"}: ${message}`).split("\n").filter((line) =>
+        line.trim() !== ""
+      )
+      const left = lines.length - QUOTED_LINES
+      return left > 0 ? [...lines.slice(0, QUOTED_LINES), `(${left} more lines)`] : lines
+    })
+    return [`Failed: ${where}`, ...quoted.map((line) => `    ${line.slice(0, QUOTED_COLUMNS)}`), ""].join("\n")
+  }).join("")
+
+/** Prints the failures in short, the seed of the properties, and the closing line `N passed, N failed, N skipped`. */
 export default class SummaryReporter implements Reporter {
   onTestRunEnd(modules: ReadonlyArray<TestModule>, unhandledErrors: ReadonlyArray<SerializedError>) {
     const tiers = tiersFromEnvironment()
+    const failures = [
+      ...modules.flatMap(failuresOf),
+      ...unhandledErrors.map((error) => ({ where: "outside any file", errors: [error] }))
+    ]
+    const seed = process.env[PROPERTY_SEED_VARIABLE] ?? ""
+    process.stdout.write(`\n${describeFailures(failures)}Properties ran with ${PROPERTY_SEED_VARIABLE}=${seed}\n`)
     const counts = count(
       modules.map((module) => ({
         tests: Array.from(module.children.allTests(), (test) => test.result().state),

@@ -5,7 +5,8 @@ import { spawnSync } from "node:child_process"
 import { existsSync, mkdirSync, readdirSync, writeFileSync } from "node:fs"
 import { join } from "node:path"
 import { explain } from "../../scripts/demo/Narration.ts"
-import { count } from "../../scripts/summary-reporter.ts"
+import { PROPERTY_SEED_VARIABLE, takePropertySeed } from "../../scripts/property-seed.ts"
+import { count, describeFailures } from "../../scripts/summary-reporter.ts"
 import { requiredTiers, whyNoKvm } from "../../scripts/tiers.ts"
 import { Scratch } from "./support.ts"
 
@@ -34,6 +35,49 @@ describe("The closing line", () => {
         tiers.some((tier) => tier.required)
       assert.strictEqual(counts.failed > 0, bad)
     }))
+  })
+})
+
+describe("The failures before it", () => {
+  it("are named, each with the beginning of its reason, on lines of a bounded length", () => {
+    const text = describeFailures([
+      {
+        where: "a.test.ts > A > holds",
+        errors: [{ name: "AssertionError", message: "\x1b[31mexpected 1\x1b[39m\n\nto equal 2" }]
+      },
+      {
+        where: "b.test.ts (outside any test)",
+        errors: [{ message: Array.from({ length: 20 }, (_, i) => `line ${i}`).join("\n") }]
+      },
+      { where: "c.test.ts > C", errors: [{ message: "x".repeat(5000) }] }
+    ])
+    const lines = text.split("\n")
+    assert.deepStrictEqual(lines.slice(0, 4), [
+      "Failed: a.test.ts > A > holds",
+      "    AssertionError: expected 1",
+      "    to equal 2",
+      "Failed: b.test.ts (outside any test)"
+    ])
+    assert.include(text, "    line 7\n    (12 more lines)\nFailed: c.test.ts > C\n")
+    assert.isTrue(lines.every((line) => line.length <= 200))
+  })
+})
+
+describe("The seed of the properties", () => {
+  it("is the one that the environment names, or one that is drawn once and left there for the workers", () => {
+    fc.assert(fc.property(fc.integer(), (seed) => {
+      assert.strictEqual(takePropertySeed({ [PROPERTY_SEED_VARIABLE]: String(seed) }), seed)
+    }))
+    const environment: NodeJS.ProcessEnv = {}
+    const drawn = takePropertySeed(environment)
+    assert.strictEqual(takePropertySeed(environment), drawn)
+    for (const wrong of ["x", "1.5", "4294967296"]) {
+      assert.throws(() => takePropertySeed({ [PROPERTY_SEED_VARIABLE]: wrong }), `not "${wrong}"`)
+    }
+  })
+
+  it("is what the properties of this run take", () => {
+    assert.strictEqual(fc.readConfigureGlobal().seed, takePropertySeed(process.env))
   })
 })
 
