@@ -121,6 +121,13 @@ const BENCHES: ReadonlyArray<Bench> = [
     run: async (effort) => one((await import("./rows/Vsock.ts")).roundTrip(effort))
   },
   {
+    name: "vsock-fairness",
+    about: "round trips of eight connections beside one that sends as much as it can",
+    needs: "kvm",
+    quick: false,
+    run: async (effort) => one((await import("./rows/VsockFairness.ts")).fairness(effort))
+  },
+  {
     name: "vsock-connects",
     about: "connections a second that a guest makes, beside a Unix socket",
     needs: "kvm",

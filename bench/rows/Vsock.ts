@@ -6,6 +6,7 @@ import { FakeHypervisor, GuestAcpi, GuestProgram } from "@troupe/core/testing"
 import { startVsock } from "@troupe/core/testing/drivers/VsockDriver"
 import { EntropySource, layer as layerDevices } from "@troupe/devices"
 import { fromPath, KvmGuestLifecycle } from "@troupe/node"
+import { type WakeCounts, WakeObserver } from "@troupe/node/kvm/WakeCounts"
 import { layerVsock, VsockManager } from "@troupe/vsock"
 import { HEADER_SIZE, Op, VsockHeader } from "@troupe/vsock/VsockPacket"
 import { VsockPorts } from "@troupe/vsock/VsockPorts"
@@ -28,35 +29,44 @@ import { BenchError, type Effort, root, type Row } from "../Row.ts"
 import { median, spread } from "../Statistics.ts"
 
 const KERNEL = join(root, "test", "guest", "troupe-guest.elf")
-const GUEST_PORT = 80
+export const GUEST_PORT = 80
 const HOST_PORT = 9
 const PACKET = 0x1_0000
 const MEBIBYTE = 2 ** 20
+const PACKETS_PER_MEBIBYTE = MEBIBYTE / PACKET
 const GIBIBYTE = 2 ** 30
 /** Rounds of which each is one of ours and one of the anchor's. */
 const ROUNDS = 7
 const QUICK_ROUNDS = 2
 
-const gigabits = (bytes: number, seconds: number): number => bytes * 8 / seconds / 1e9
-const rounds = (effort: Effort): number => effort.quick ? QUICK_ROUNDS : ROUNDS
+export const gigabits = (bytes: number, seconds: number): number => bytes * 8 / seconds / 1e9
+export const rounds = (effort: Effort): number => effort.quick ? QUICK_ROUNDS : ROUNDS
 
 // --- Ours ------------------------------------------------------------------------------------------------------------------
 
-interface GuestRun<A> {
+export interface GuestRun<A> {
   /** The numbers of the driver's last line. */
   readonly numbers: Readonly<Record<string, number>>
   readonly result: A
   /** Processor time of this process meanwhile, the vCPU's thread included, in seconds. */
   readonly processor: number
+  /** How often the event loop of this process was woken for the machine. */
+  readonly wakes: WakeCounts
 }
 
 /** Runs the small guest on KVM with the host's part beside it. */
-const runGuest = <A>(
+export const runGuest = <A>(
   words: string,
   acceptor: HostVsockAcceptor,
   host: (endpoint: HostVsockEndpoint["Service"]) => Effect.Effect<A, unknown, Scope.Scope>
-): Promise<GuestRun<A>> =>
-  Effect.runPromise(
+): Promise<GuestRun<A>> => {
+  let wakes: WakeCounts = { doorbells: 0, messages: 0 }
+  const observed = KvmGuestLifecycle.layer.pipe(
+    Layer.provide(Layer.succeed(WakeObserver, (counts) => {
+      wakes = counts
+    }))
+  )
+  return Effect.runPromise(
     Effect.scoped(Effect.gen(function*() {
       const lifecycle = yield* GuestLifecycle
       yield* lifecycle.create({
@@ -71,6 +81,7 @@ const runGuest = <A>(
       const guest = yield* lifecycle.bind
       const fiber = yield* Effect.forkChild(Effect.scoped(host(yield* guest.getHostVsockEndpoint)))
       const cpu = process.cpuUsage()
+      const before = { ...wakes }
       yield* lifecycle.run
       const { system, user } = process.cpuUsage(cpu)
       const result = yield* Fiber.join(fiber)
@@ -82,15 +93,21 @@ const runGuest = <A>(
       const numbers = Object.fromEntries(
         Array.from(line.matchAll(/(\w+)[ =](\d+)/g), ([, name = "", value]) => [name, Number(value)])
       )
-      return { numbers, result, processor: (system + user) / 1e6 }
-    })).pipe(Effect.provide(KvmGuestLifecycle.layer))
+      return {
+        numbers,
+        result,
+        processor: (system + user) / 1e6,
+        wakes: { doorbells: wakes.doorbells - before.doorbells, messages: wakes.messages - before.messages }
+      }
+    })).pipe(Effect.provide(observed))
   )
+}
 
 const nothing = () => Effect.void
 
-const sink: HostVsockAcceptor = () => Effect.succeed((socket) => Stream.runDrain(socket.input))
+export const sink: HostVsockAcceptor = () => Effect.succeed((socket) => Stream.runDrain(socket.input))
 
-const chunk = new Uint8Array(PACKET)
+export const chunk = new Uint8Array(PACKET)
 const source: HostVsockAcceptor = () =>
   Effect.succeed((socket) => Effect.catch(Effect.forever(socket.write(chunk)), () => Effect.void))
 
@@ -150,7 +167,7 @@ const unixThroughput = async (bytes: number): Promise<number> => {
   return gigabits(bytes, (performance.now() - begun) / 1000)
 }
 
-const ONE_BYTE = new Uint8Array(1)
+export const ONE_BYTE = new Uint8Array(1)
 
 /** Round trips of a byte through a Unix socket to another process, in microseconds. */
 const unixRoundTrips = async (count: number): Promise<ReadonlyArray<number>> => {
@@ -197,8 +214,9 @@ const throughput = async (name: string, words: string, bytes: number, effort: Ef
   const kicks: Array<number> = []
   const interrupts: Array<number> = []
   const processor: Array<number> = []
+  const woken: Array<number> = []
   for (let round = -1; round < rounds(effort); round++) {
-    const { numbers, processor: seconds } = await runGuest(words, name === "vsock-h2g" ? source : sink, nothing)
+    const { numbers, processor: seconds, wakes } = await runGuest(words, name === "vsock-h2g" ? source : sink, nothing)
     const ceiling = await unixThroughput(Math.min(bytes, 512 * MEBIBYTE))
     if (round < 0) continue
     ours.push(gigabits(bytes, (numbers["ns"] ?? Number.NaN) / 1e9))
@@ -206,6 +224,7 @@ const throughput = async (name: string, words: string, bytes: number, effort: Ef
     kicks.push((numbers["kicks"] ?? Number.NaN) / (bytes / PACKET))
     interrupts.push((numbers["interrupts"] ?? Number.NaN) / (bytes / PACKET))
     processor.push(seconds / (bytes / GIBIBYTE))
+    woken.push((wakes.doorbells + wakes.messages) / (bytes / MEBIBYTE))
   }
   const value = median(ours)
   const anchorValue = median(ceilings)
@@ -223,6 +242,9 @@ const throughput = async (name: string, words: string, bytes: number, effort: Ef
       quartiles: spread(ours, 2),
       "kicks per 64 KiB": Number(median(kicks).toFixed(4)),
       "interrupts per 64 KiB": Number(median(interrupts).toFixed(4)),
+      "kicks per MiB": Number((median(kicks) * PACKETS_PER_MEBIBYTE).toFixed(3)),
+      "interrupts per MiB": Number((median(interrupts) * PACKETS_PER_MEBIBYTE).toFixed(3)),
+      "wakes of the event loop per MiB": Number(median(woken).toFixed(3)),
       "processor seconds per GiB, the vCPU included": Number(median(processor).toFixed(2))
     }
   }
@@ -239,7 +261,7 @@ export const hostToGuest = (effort: Effort): Promise<Row> =>
 export const guestToHostOnEight = (effort: Effort): Promise<Row> =>
   throughput("vsock-g2h-8", `vsock=raw-send,${HOST_PORT},${bytesOf(effort) / 8},8`, bytesOf(effort), effort)
 
-const percentile = (values: ReadonlyArray<number>, part: number): number =>
+export const percentile = (values: ReadonlyArray<number>, part: number): number =>
   values.toSorted((a, b) => a - b)[Math.floor(values.length * part)] ?? Number.NaN
 
 /** What it costs to wake a thread that sleeps, in microseconds: half of a round trip. */

@@ -15,6 +15,7 @@ import type { KvmSystem } from "./KvmSystem.ts"
 import type { AddSlot } from "./MemorySlots.ts"
 import { AccessTable, buildAccessTable } from "./thread/AccessTable.ts"
 import type { PostedRing } from "./thread/PostedRing.ts"
+import type { MutableWakeCounts } from "./WakeCounts.ts"
 
 /** Offsets in a range are handed over as 32-bit numbers. */
 const RANGE_SIZE_LIMIT = 2 ** 32
@@ -101,9 +102,10 @@ export const attachBus = Effect.fnUntraced(function*(options: {
   readonly ring: PostedRing
   readonly bus: Bus
   readonly handlers: BusHandlers
+  readonly wakes: MutableWakeCounts
   readonly onDefect: (defect: unknown) => void
 }) {
-  const { addSlot, bus, handlers, hasVcpus, ioctl, onDefect, ring, vm } = options
+  const { addSlot, bus, handlers, hasVcpus, ioctl, onDefect, ring, vm, wakes } = options
   const ffi = yield* Ffi
   for (const range of bus.ranges) {
     if (range.size > RANGE_SIZE_LIMIT) {
@@ -134,7 +136,11 @@ export const attachBus = Effect.fnUntraced(function*(options: {
       )
       // A descriptor that nobody reads counts the rings, which is all that is asked of it.
       if (doorbell.wakes === false) continue
-      yield* Effect.mapError(eventFd.onSignal(() => dispatcher.doorbell(index, number)), kvmError)
+      const onRing = (): void => {
+        wakes.doorbells++
+        dispatcher.doorbell(index, number)
+      }
+      yield* Effect.mapError(eventFd.onSignal(onRing), kvmError)
     }
   }
   const backings = bus.ranges.map((range, index): RangeBacking => ({

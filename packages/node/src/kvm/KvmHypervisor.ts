@@ -12,6 +12,7 @@ import { KvmValue } from "./KvmIoctl.ts"
 import { KvmSystem, layer as layerSystem } from "./KvmSystem.ts"
 import { makeVm } from "./KvmVm.ts"
 import { layer as layerThreads, VcpuThreads } from "./VcpuThreads.ts"
+import { WakeObserver } from "./WakeCounts.ts"
 
 /** Local APIC IDs are 8 bits wide without interrupt remapping, and 255 is the broadcast (Intel SDM volume 3, section 11.6.2.1). */
 const APIC_ID_LIMIT = 255
@@ -25,6 +26,7 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
     const threads = yield* VcpuThreads
     const hidden = yield* HiddenCpuid
     const observer = yield* ExitObserver
+    const wakeObserver = yield* WakeObserver
     return Hypervisor.of({
       name: "kvm",
       limits: {
@@ -36,7 +38,8 @@ export const layer: Layer.Layer<Hypervisor, never, Ffi | KvmSystem | VcpuThreads
         Effect.provideService(KvmSystem, system),
         Effect.provideService(VcpuThreads, threads),
         Effect.provideService(HiddenCpuid, hidden),
-        Effect.provideService(ExitObserver, observer)
+        Effect.provideService(ExitObserver, observer),
+        Effect.provideService(WakeObserver, wakeObserver)
       )
     })
   })

@@ -23,6 +23,7 @@ import { PostedRing } from "./thread/PostedRing.ts"
 import { REQUEST_STOP } from "./thread/VcpuControl.ts"
 import type { VcpuRunner } from "./VcpuRunner.ts"
 import { VcpuThreads } from "./VcpuThreads.ts"
+import { makeWakeCounts, WakeObserver } from "./WakeCounts.ts"
 
 /** Entries of a machine's ring of posted writes (16 bytes each): more than a guest can write while the host is lazy. */
 const RING_CAPACITY = 2048
@@ -41,6 +42,7 @@ export const makeVm = Effect.gen(function*() {
   const threads = yield* VcpuThreads
   const hidden = yield* HiddenCpuid
   const observer = yield* ExitObserver
+  const wakes = makeWakeCounts()
   const { ioctl } = system
 
   const vm = yield* system.createVm
@@ -65,7 +67,11 @@ export const makeVm = Effect.gen(function*() {
   const hasVcpus = () => runners.length > 0
   let attached: Effect.Success<ReturnType<typeof attachBus>> | undefined
   let defect: { readonly value: unknown } | undefined
-  yield* Effect.mapError(wake.onSignal(() => attached?.dispatcher.turn()), kvmError)
+  const onMessage = (): void => {
+    wakes.messages++
+    attached?.dispatcher.turn()
+  }
+  yield* Effect.mapError(wake.onSignal(onMessage), kvmError)
   const { addSlot, dropStale, reserve } = yield* memorySlots(vm, ioctl, hasVcpus)
   yield* Effect.forkScoped(haltWatch(runners))
 
@@ -83,6 +89,8 @@ export const makeVm = Effect.gen(function*() {
     defect: () => defect
   }
 
+  const observeWakes = yield* WakeObserver
+  observeWakes(wakes)
   const messageInterrupt = messageRoutes(vm, ioctl, hasVcpus)
 
   return {
@@ -105,6 +113,7 @@ export const makeVm = Effect.gen(function*() {
         ring,
         bus,
         handlers,
+        wakes,
         onDefect: (value) => {
           defect ??= { value }
           for (const runner of runners) runner.request(REQUEST_STOP)
