@@ -168,19 +168,6 @@ const layerSource = (defects: DeviceDefects.DeviceDefects) =>
 
 const TRANSPORTS = ["mmio", "pci"] as const
 
-/** The configuration space of a function, its memory with common and device configuration, and what follows in that memory. */
-const PCI_CONFIGURATION = 0
-const PCI_MEMORY = 1
-const MSIX_TABLE = 0x1000
-
-/**
- * Whether a register is one of the device. Those of the function itself, its configuration space and its MSI-X table, are not
- * taken back by a reset of the device: a write to them that is lost is one that no driver would repeat.
- */
-const isOfDevice = (transport: string, access: DeviceDefects.DefectAccess | undefined): boolean =>
-  transport !== "pci" || access === undefined ||
-  access.range !== PCI_CONFIGURATION && (access.range !== PCI_MEMORY || access.offset < MSIX_TABLE)
-
 interface RunOptions {
   readonly requests?: number
   readonly depth?: number
@@ -243,7 +230,7 @@ describe.each(Object.entries(workloads))("a device that fails: %s", (_, make) =>
     let broken = 0
     // The transports have the code of devices in common.
     for (let point = 1; point < points; point += transport === "pci" ? 3 : 1) {
-      const defects = new DeviceDefects.DeviceDefects((at, _, access) => at === point && isOfDevice(transport, access))
+      const defects = new DeviceDefects.DeviceDefects((at) => at === point)
       const { result, tally } = Simulation.check(run(make, defects, { transport }), { seed: point })
       assert.strictEqual(result._tag === "Success" ? result.success._tag : result.failure.message, "PowerOff")
       assert.strictEqual(tally.completed, 6)
@@ -263,9 +250,7 @@ describe.each(Object.entries(workloads))("a device that fails: %s", (_, make) =>
         fc.constantFrom(...TRANSPORTS),
         fc.integer(),
         (points, depth, transport, seed) => {
-          const defects = new DeviceDefects.DeviceDefects((at, _, access) =>
-            points.includes(at) && isOfDevice(transport, access)
-          )
+          const defects = new DeviceDefects.DeviceDefects((at) => points.includes(at))
           const { result, tally } = Simulation.check(run(make, defects, { depth, requests: 12, transport }), { seed })
           assert.strictEqual(result._tag === "Success" ? result.success._tag : result.failure.message, "PowerOff")
           assert.strictEqual(tally.completed, 12)

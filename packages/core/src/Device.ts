@@ -49,6 +49,13 @@ export interface RangeRequest {
   readonly read: ReadAccess
   readonly write: WriteAccess
   readonly doorbells?: ReadonlyArray<Doorbell>
+  /**
+   * Which registers of the range no reset of the device takes back and no driver writes again, such as those of a PCI function.
+   * When the device breaks over a write to one of them, the write is not lost: the device that is started again takes it
+   * anew, before anything else, and a vCPU that waits for it waits until then. So two such writes have to be as good as one.
+   * Default: none.
+   */
+  readonly repeats?: (offset: number) => boolean
 }
 
 /** An interrupt that a device asks for: this number, or any free one. */

@@ -321,14 +321,35 @@ export class DeviceActor {
   #push(kind: number, range: number, offset: number, size: number, value: number, reply: CallReply | undefined): void {
     if (this.#count === this.#capacity) this.#grow()
     const slot = (this.#head + this.#count) % this.#capacity
+    this.#fill(slot, kind << KIND_SHIFT | size, range, offset, value, reply)
+    this.#count++
+  }
+
+  /** Puts the write that is being handled in front of all others again, with its reply. Its place may be taken by now. */
+  #putBack(kindAndSize: number, range: number, offset: number, value: number): void {
+    if (this.#count === this.#capacity) this.#grow()
+    this.#head = (this.#head + this.#capacity - 1) % this.#capacity
+    this.#fill(this.#head, kindAndSize, range, offset, value, this.#writing)
+    this.#count++
+    this.#handled--
+    this.#writing = undefined
+  }
+
+  #fill(
+    slot: number,
+    kindAndSize: number,
+    range: number,
+    offset: number,
+    value: number,
+    reply: CallReply | undefined
+  ): void {
     const at = slot * RECORD_WORDS
     const records = this.#records
-    records[at] = kind << KIND_SHIFT | size
+    records[at] = kindAndSize
     records[at + RECORD_RANGE] = range
     records[at + RECORD_OFFSET] = offset
     records[at + RECORD_VALUE] = value
     this.#replies[slot] = reply
-    this.#count++
   }
 
   #wakeSoon(): void {
@@ -384,6 +405,9 @@ export class DeviceActor {
         this.#writing = reply
         try {
           behaviour.write(range, offset, size, value)
+        } catch (defect) {
+          if (this.device.ranges[range]?.repeats?.(offset) === true) this.#putBack(kindAndSize, range, offset, value)
+          throw defect
         } finally {
           // Nothing, if the device holds it.
           const answered = this.#writing

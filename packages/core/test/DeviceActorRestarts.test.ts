@@ -13,6 +13,18 @@ import * as fc from "fast-check"
 
 const CRASH = 0xff
 
+const actorOf = (device: Device, policy: DevicePolicy) =>
+  new DeviceActor(device, policy, (own) => ({
+    ...own,
+    name: device.name,
+    memory: new GuestMemory([]),
+    ranges: [],
+    bases: [],
+    interrupts: [],
+    messages: [],
+    stop: () => undefined
+  }))
+
 /** A device that breaks when it is told so, and counts its lives. */
 const makeActor = (policy: DevicePolicy, end: () => Effect.Effect<void> = () => Effect.void) => {
   const seen = { starts: 0, writes: 0 }
@@ -31,17 +43,7 @@ const makeActor = (policy: DevicePolicy, end: () => Effect.Effect<void> = () => 
         }))
       )
   }
-  const actor = new DeviceActor(device, policy, (own) => ({
-    ...own,
-    name: device.name,
-    memory: new GuestMemory([]),
-    ranges: [],
-    bases: [],
-    interrupts: [],
-    messages: [],
-    stop: () => undefined
-  }))
-  return { actor, seen }
+  return { actor: actorOf(device, policy), seen }
 }
 
 const settle = Effect.repeat(Effect.yieldNow, { times: 20 })
@@ -83,6 +85,68 @@ describe("a device that is started again", () => {
           )
         }),
         { numRuns: 20 }
+      )
+    ))
+
+  it.effect("takes the write that broke it anew, first of all, where that is its registers' way, and answers it then", () =>
+    Effect.promise(() =>
+      fc.assert(
+        fc.asyncProperty(
+          fc.array(fc.record({ offset: fc.integer({ min: 0, max: 1 }), breaks: fc.nat(3), call: fc.boolean() }), {
+            minLength: 1,
+            maxLength: 40,
+            size: "max"
+          }),
+          (writes) =>
+            Effect.runPromise(
+              Effect.scoped(Effect.gen(function*() {
+                const handled: Array<number> = []
+                const answered: Array<number> = []
+                const left = writes.map(({ breaks }) => breaks)
+                const actor = actorOf({
+                  name: "device0",
+                  ranges: [{
+                    space: "pio",
+                    base: 0x10,
+                    size: 2,
+                    read: "call",
+                    write: "posted",
+                    repeats: (offset) => offset === 1
+                  }],
+                  interrupts: [],
+                  start: () =>
+                    Effect.succeed({
+                      read: () => 0,
+                      write: (_range: number, _offset: number, _size: number, index: number) => {
+                        if ((left[index] ?? 0) > 0) {
+                          left[index] = (left[index] ?? 0) - 1
+                          throw new Error("crash")
+                        }
+                        handled.push(index)
+                      }
+                    })
+                }, { _tag: "restart", schedule: Schedule.spaced("1 second") })
+                yield* actor.start
+                yield* Effect.forkScoped(actor.run)
+                writes.forEach(({ call, offset }, index) => {
+                  if (call) actor.call(0, offset, 1, true, index, { complete: () => answered.push(index) })
+                  else actor.posted(0, offset, 1, index)
+                })
+                for (let i = 0; i < 3 * writes.length; i++) {
+                  yield* settle
+                  yield* TestClock.adjust("1 second")
+                }
+                yield* settle
+                const all = writes.map((_, index) => index)
+                assert.deepStrictEqual(
+                  handled,
+                  all.filter((index) => writes[index]?.offset === 1 || writes[index]?.breaks === 0)
+                )
+                assert.deepStrictEqual(answered, all.filter((index) => writes[index]?.call === true))
+              })).pipe(Effect.provide(Layer.merge(Logger.layer([]), TestClock.layer())))
+            )
+        ),
+        { numRuns: 30 }
       )
     ))
 

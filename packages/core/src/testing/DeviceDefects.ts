@@ -20,17 +20,8 @@ import { GuestMemory, type MemoryRegion } from "../GuestMemory.ts"
  */
 export type DefectPlace = "start" | "read" | "write" | "doorbell" | "signal" | "done" | "memory" | "interrupt" | "host"
 
-/** The register that a handler was called for: index of the range, and offset in it. */
-export interface DefectAccess {
-  readonly range: number
-  readonly offset: number
-}
-
-/**
- * Says whether a device breaks at a point. Points are numbered from 0 over all lives of the device. `access` is there when the
- * point is the begin or the end of a read or a write.
- */
-export type DefectPlan = (point: number, place: DefectPlace, access: DefectAccess | undefined) => boolean
+/** Says whether a device breaks at a point. Points are numbered from 0 over all lives of the device. */
+export type DefectPlan = (point: number, place: DefectPlace) => boolean
 
 /** What a device that breaks throws. */
 export class DeviceDefect extends Error {
@@ -60,10 +51,10 @@ export class DeviceDefects {
   }
 
   /** The device has come to a point. Throws when it is to break there. */
-  reach(place: DefectPlace, access?: DefectAccess): void {
+  reach(place: DefectPlace): void {
     const point = this.#points++
     this.#counts.set(place, this.points(place) + 1)
-    if (!this.#plan(point, place, access)) return
+    if (!this.#plan(point, place)) return
     this.#defects++
     throw new DeviceDefect(`broken on purpose at point ${point} (${place})`)
   }
@@ -124,19 +115,19 @@ const breakingContext = (context: DeviceContext, defects: DeviceDefects): Device
 
 const breakingBehaviour = (behaviour: DeviceBehaviour, defects: DeviceDefects): DeviceBehaviour => {
   const { doorbell, signal } = behaviour
-  const done = <A>(result: A, access?: DefectAccess): A => {
-    defects.reach("done", access)
+  const done = <A>(result: A): A => {
+    defects.reach("done")
     return result
   }
   return {
     ...behaviour,
     read: (range, offset, size) => {
-      defects.reach("read", { range, offset })
-      return done(behaviour.read(range, offset, size), { range, offset })
+      defects.reach("read")
+      return done(behaviour.read(range, offset, size))
     },
     write: (range, offset, size, value) => {
-      defects.reach("write", { range, offset })
-      done(behaviour.write(range, offset, size, value), { range, offset })
+      defects.reach("write")
+      done(behaviour.write(range, offset, size, value))
     },
     ...(doorbell === undefined ? {} : {
       doorbell: (range, index) => {

@@ -89,6 +89,11 @@ export class PciConfigSpace {
       next = Math.ceil((next + 2 + body.length) / 4) * 4
     }
     this.#capabilities = capabilities
+    // A register that has been asked for the size of its memory has not answered yet.
+    for (const { register } of generation === 0 ? [] : pciFunction.memories) {
+      const at = PciHeader.BaseAddress + 4 * register
+      view.setUint32(at, page.getUint32(at, true), true)
+    }
     for (let i = 0; i < PCI_CONFIG_SIZE; i++) {
       const kept = generation === 0 ? 0 : page.getUint8(i) & (writable[i] ?? 0)
       page.setUint8(i, generation === 0 ? bytes[i] ?? 0 : (bytes[i] ?? 0) & ~(writable[i] ?? 0) | kept)

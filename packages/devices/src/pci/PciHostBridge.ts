@@ -27,7 +27,14 @@ const hostBridge: PciFunction = {
 /** The host bridge of a machine with PCI. */
 export const pciHostBridge: Device = {
   name: "pci0",
-  ranges: [{ space: "mmio", base: PCI_ECAM_ADDRESS, size: PAGE_SIZE, read: "register-page", write: "call" }],
+  ranges: [{
+    space: "mmio",
+    base: PCI_ECAM_ADDRESS,
+    size: PAGE_SIZE,
+    read: "register-page",
+    write: "call",
+    repeats: () => true
+  }],
   interrupts: [],
   acpi: () => pciHostBridgeDevices,
   start: ({ bases: [base = 0], generation, ranges: [range] }) =>

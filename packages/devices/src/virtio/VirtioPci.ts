@@ -101,13 +101,22 @@ const functionOf = (device: VirtioDevice, pages: number, calls: number): PciFunc
 export const virtioPci = (device: VirtioDevice, options: VirtioOptions): Device => ({
   name: options.name,
   ranges: [
-    { space: "mmio", window: "pci-function", size: PAGE_SIZE, read: "register-page", write: "call" },
+    // Configuration space and MSI-X table are the function's: a reset of the device leaves them as they are.
+    {
+      space: "mmio",
+      window: "pci-function",
+      size: PAGE_SIZE,
+      read: "register-page",
+      write: "call",
+      repeats: () => true
+    },
     {
       space: "mmio",
       window: "pci-memory",
       size: PciMemoryLayout.PAGES_SIZE,
       read: "register-page",
-      write: "call"
+      write: "call",
+      repeats: (offset) => offset >= PciMemoryLayout.MSIX
     },
     {
       space: "mmio",
