@@ -402,7 +402,9 @@ static const char *change_in_flight(void) {
   for (u32 i = 0; i < QUEUE_SIZE; i++) put(i, last_bytes, 64, DESC_WRITE, 0);
   changing = true;
   if (!cpu_run(change, &own)) return "no second processor";
-  for (u32 round = 0; round < CHANGE_ROUNDS; round++) {
+  /* Where processors are few, neither the device nor the other processor may have had its turn by then. */
+  for (u32 round = 0; round < CHANGE_ROUNDS || (!change_resets && round < CHANGE_ROUNDS + VERDICT_MS); round++) {
+    if (round >= CHANGE_ROUNDS) wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, 1);
     offer(round & (QUEUE_SIZE - 1));
     kick();
     if (!virtio_needs_reset(&target)) continue;

@@ -6,9 +6,10 @@
 #define KEYBOARD_PULSE_RESET 0xfe
 #define PVPANIC 0x505
 #define PVPANIC_PANICKED 1
+#define END_MS 10000
 
 /* A host that stops the machine does so at the access itself or soon after: time for it to take effect. */
-static void give_time(void) { wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, 500); }
+static void give_time(void) { wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, END_MS); }
 
 void power_off(void) {
   say("poweroff");

@@ -4,7 +4,7 @@
 #define TRAMPOLINE 0x8000ul
 #define STACK_SIZE 2048
 #define INCREMENTS 1000
-#define START_MS 2000
+#define START_MS 10000
 
 #define ICR_INIT 0x4500    /* INIT, assert */
 #define ICR_STARTUP 0x4600 /* SIPI; the page number goes below */
