@@ -18,6 +18,9 @@ export const VNET_HEADER_SIZE = 12
 /** The most pieces of a frame that are read or written in place: those of the header and of the staged rest come on top. */
 const PIECES_MAX = IOVEC_MAX - 2
 const WORDS = IOVEC_SIZE / 4
+/** Places of addresses in `#scratch`. */
+const LAST = 0
+const NEXT = 1
 
 /** Offsets in the header. */
 const Header = { FLAGS: 0, GSO_TYPE: 1, HDR_LEN: 2, GSO_SIZE: 4, CSUM_START: 6, CSUM_OFFSET: 8 } as const
@@ -64,7 +67,8 @@ export class TapPort implements NetPort {
   readonly #stagedHeader = new DataView(new ArrayBuffer(VNET_HEADER_SIZE))
   readonly #addresses = new WeakMap<Uint8Array, number>()
   #lastArray: Uint8Array | undefined
-  #lastAddress = 0
+  /** Addresses, in an array: passed on, each would be an object of its own. That of {@link #lastArray}, and of the next vector. */
+  readonly #scratch = new Float64Array(2)
   #listener: NetPortListener | undefined
   #poll: PollHandle | undefined
   #watched = 0
@@ -79,7 +83,8 @@ export class TapPort implements NetPort {
     this.delivers = options.offloads
     this.#vectorsAddress = options.functions.addressOf(new Uint8Array(this.#vectors.buffer))
     this.#stageAddress = Number(options.functions.addressOf(this.#stage))
-    this.#setVector(0, Number(options.functions.addressOf(this.#header)), VNET_HEADER_SIZE)
+    this.#scratch[NEXT] = Number(options.functions.addressOf(this.#header))
+    this.#setVector(0, VNET_HEADER_SIZE)
   }
 
   /** The interface exists. */
@@ -136,7 +141,7 @@ export class TapPort implements NetPort {
     if (count < frame.count) {
       // More pieces than one call takes: the last ones are gathered here.
       const rest = this.#gather(frame, count)
-      this.#setVector(++count, this.#stageAddress, rest)
+      this.#setStage(++count, 0, rest)
     }
     for (;;) {
       const result = this.#functions.writev(this.#fd, this.#vectorsAddress, count + 1)
@@ -161,7 +166,7 @@ export class TapPort implements NetPort {
       this.#setPiece(vectors++, frame, i)
       room += frame.lengths[i] ?? 0
     }
-    if (room < FRAME_SIZE_MAX) this.#setVector(vectors++, this.#stageAddress + room, this.#stage.length - room)
+    if (room < FRAME_SIZE_MAX) this.#setStage(vectors++, room, this.#stage.length - room)
     this.#headerIsPlain = false
     for (;;) {
       const result = this.#functions.readv(this.#fd, this.#vectorsAddress, vectors)
@@ -231,31 +236,39 @@ export class TapPort implements NetPort {
   #setPiece(vector: number, frame: NetFrame, piece: number): void {
     const array = frame.arrays[piece]
     if (array === undefined) return
-    this.#setVector(vector, this.#addressOf(array) + (frame.offsets[piece] ?? 0), frame.lengths[piece] ?? 0)
+    if (array !== this.#lastArray) this.#locate(array)
+    this.#scratch[NEXT] = (this.#scratch[LAST] ?? 0) + (frame.offsets[piece] ?? 0)
+    this.#setVector(vector, frame.lengths[piece] ?? 0)
+  }
+
+  #setStage(vector: number, from: number, length: number): void {
+    this.#scratch[NEXT] = this.#stageAddress + from
+    this.#setVector(vector, length)
   }
 
   /** Addresses of user space have 47 bits (56 with five levels of page tables, of which no allocator uses the upper ones). */
-  #setVector(vector: number, address: number, length: number): void {
+  #setVector(vector: number, length: number): void {
     const at = vector * WORDS
     const vectors = this.#vectors
+    const address = this.#scratch[NEXT] ?? 0
     vectors[at] = address >>> 0
     vectors[at + 1] = Math.floor(address / 0x1_0000_0000)
     vectors[at + 2] = length
     vectors[at + 3] = 0
   }
 
-  #addressOf(array: Uint8Array<ArrayBuffer>): number {
-    if (array === this.#lastArray) return this.#lastAddress
+  #locate(array: Uint8Array<ArrayBuffer>): void {
     let address = this.#addresses.get(array)
     if (address === undefined) {
       // A small array has its bytes in the collected heap, where they move, until somebody asks for its buffer.
-      if (array.buffer.byteLength === 0) return 0
-      address = Number(this.#functions.addressOf(array))
-      this.#addresses.set(array, address)
+      if (array.buffer.byteLength === 0) address = 0
+      else {
+        address = Number(this.#functions.addressOf(array))
+        this.#addresses.set(array, address)
+      }
     }
     this.#lastArray = array
-    this.#lastAddress = address
-    return address
+    this.#scratch[LAST] = address
   }
 }
 
