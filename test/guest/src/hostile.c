@@ -11,45 +11,12 @@
 #define REGISTER_PAGE 0x1000
 #define REGISTERS 0x100 /* the configuration space is behind them, on either transport of this project */
 #define MMIO_NOTIFY 0x50
-/* The features of devices themselves: those of queues and transport are negotiated by virtio.c. */
-#define DEVICE_FEATURES 0xfffffful
 
 static u32 target_id = VIRTIO_ENTROPY, target_queue;
-static struct virtio target, other;
+static struct virtio target;
 static bool has_other;
 static struct virtq *queue;
 static u8 *data;
-
-/* ---- a correct driver ------------------------------------------------------------------------------------------- */
-
-/* The driver starts, with all queues up to `last`, so that any device is content. */
-static const char *start(struct virtio *device, u32 last) {
-  const char *error = virtio_start(device, DEVICE_FEATURES);
-  for (u32 i = 0; i <= last && !error; i++) error = virtq_setup(device, i, QUEUE_SIZE);
-  return error ? error : virtio_ready(device);
-}
-
-/* One piece of work, for devices that answer of themselves. For the others it is enough that they started. */
-static const char *work(struct virtio *device) {
-  static struct {
-    u32 type, reserved;
-    u64 sector;
-  } header;
-  static volatile u8 status;
-  u32 written;
-  const char *error;
-  if (device->id == VIRTIO_ENTROPY) {
-    error = virtq_call(&device->queues[0], &(struct buffer){data, 16, true}, 1, &written);
-    return error ? error : written ? NULL : "nothing written";
-  }
-  if (device->id == VIRTIO_BLOCK) {
-    struct buffer buffers[3] = {{&header, sizeof header, false}, {data, 512, true}, {&status, 1, true}};
-    status = 0xff;
-    error = virtq_call(&device->queues[0], buffers, 3, NULL);
-    return error ? error : status ? "status" : NULL;
-  }
-  return NULL;
-}
 
 static void set_status(u32 status) { target.transport->set_status(&target, status); }
 static bool is_pci(void) { return target.transport == &virtio_pci; }
@@ -220,7 +187,7 @@ static bool set_queue(u64 desc, u64 avail, u64 used, u32 size) {
 
 static const char *rings_outside(void) {
   u64 at = (u64)data, end = ram_end();
-  if (virtio_start(&target, DEVICE_FEATURES)) return "not started";
+  if (virtio_start(&target, ALL_FEATURES)) return "not started";
   const u64 bad[] = {end, end - 16, target.base, 1ul << 52, -4096ul, at + 1};
   for (u32 i = 0; i < sizeof bad / sizeof *bad; i++)
     if (set_queue(bad[i], at, at + 1024, QUEUE_SIZE) || set_queue(at, bad[i], at + 1024, QUEUE_SIZE) ||
@@ -235,7 +202,7 @@ static const char *rings_outside(void) {
 
 /* All of it on one page, and the used ring over the descriptors: it is the guest's own memory that suffers. */
 static const char *rings_overlap(void) {
-  if (virtio_start(&target, DEVICE_FEATURES)) return "not started";
+  if (virtio_start(&target, ALL_FEATURES)) return "not started";
   for (u32 i = 0; i < DATA_SIZE / 4; i++) ((volatile u32 *)data)[i] = i * 0x01010101u;
   if (!set_queue((u64)data, (u64)data, (u64)data, QUEUE_SIZE)) return "survived";
   virtio_ready(&target);
@@ -252,7 +219,7 @@ static const char *late_queue(void) {
 }
 
 static const char *features(void) {
-  if (virtio_start(&target, DEVICE_FEATURES)) return "not started";
+  if (virtio_start(&target, ALL_FEATURES)) return "not started";
   for (u32 bit = 0; bit < 128; bit++) {
     if (bit < 64 && (target.offered >> bit & 1)) continue;
     set_status(0);
@@ -354,7 +321,7 @@ static void offer_requests(void) {
 static const char *reset(void) {
   for (u32 round = 0; round < RESETS; round++) {
     u64 mark = heap_mark();
-    if (start(&target, target_queue)) return "not started";
+    if (correct_start(&target, target_queue)) return "not started";
     queue = &target.queues[target_queue];
     offer_requests();
     if (!virtio_stop(&target)) return "not reset";
@@ -410,7 +377,7 @@ static const char *change_in_flight(void) {
     if (!virtio_needs_reset(&target)) continue;
     change_resets++;
     /* From the start, on the same rings: the other processor still writes to them. */
-    if (virtio_start(&target, DEVICE_FEATURES)) break;
+    if (virtio_start(&target, ALL_FEATURES)) break;
     own.avail->idx = own.used->idx = 0;
     queue->next_avail = 0;
     target.queues[target_queue] = own;
@@ -465,7 +432,7 @@ static const struct attack {
 
 static void attack(const struct attack *attack) {
   u64 mark = heap_mark();
-  const char *error = start(&target, target_queue), *seen = "not started";
+  const char *error = correct_start(&target, target_queue), *seen = "not started";
   if (!error) {
     queue = &target.queues[target_queue];
     seen = attack->run();
@@ -473,25 +440,18 @@ static void attack(const struct attack *attack) {
     if (str_equal(seen, "needs-reset") && !wait_for(&target.config_changes, 1, VERDICT_MS)) seen = "needs-reset silently";
   }
   heap_back(mark);
-  error = start(&target, target_queue);
-  if (!error) error = work(&target);
+  error = correct_start(&target, target_queue);
+  if (!error) error = correct_work(&target);
   print("troupe-guest: hostile %s %s", attack->name, seen);
   if (attack->run == change_in_flight) print(" %u resets", U(change_resets));
   print(error ? ", not recovered: %s" : ", recovered", error);
   if (has_other) {
-    error = work(&other);
+    error = other_work();
     print(error ? ", other device failed: %s" : ", other device works", error);
   }
   print("\r\n");
   virtio_stop(&target);
   heap_back(mark);
-}
-
-/* The device that is not attacked, and must not notice. */
-static void start_other(void) {
-  u32 id = target_id == VIRTIO_ENTROPY ? VIRTIO_BLOCK : VIRTIO_ENTROPY;
-  has_other = virtio_find(&other, id, 0) && !start(&other, 0) && !work(&other);
-  if (has_other) say("hostile other device %u", U(id));
 }
 
 static void run(const char *name) {
@@ -501,14 +461,16 @@ static void run(const char *name) {
     return;
   }
   say("hostile device %u at %x", U(target_id), target.base);
-  start_other();
+  /* It is not attacked, and must not notice. */
+  has_other = other_start(target_id);
+  if (has_other) say("hostile other device %u", U(other_id()));
   bool found = false;
   for (u32 i = 0; i < ATTACKS; i++) {
     if (name ? !str_equal(name, attacks[i].name) : virtio_packed && !attacks[i].packed) continue;
     attack(&attacks[i]);
     found = true;
   }
-  if (has_other) virtio_stop(&other);
+  if (has_other) other_stop();
   say(found ? "hostile done" : "hostile unknown");
 }
 

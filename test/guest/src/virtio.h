@@ -35,7 +35,7 @@
 #define STATUS_FAILED 128
 
 /* How long a device may take for an answer. */
-#define VIRTIO_ANSWER_MS 10000
+#define VIRTIO_ANSWER_MS 30000
 
 /* The most queues of a device that a driver can set up, and the most buffers of a chain that go into a table. */
 #define VIRTIO_QUEUES 8
@@ -193,6 +193,49 @@ void packed_add_kept(struct virtq *queue, u32 id);
  * whose first one is at the queue's first entry, as the first thing that is done with the queue. */
 void packed_put(struct virtq *queue, u32 index, u64 addr, u32 len, u16 flags);
 void packed_offer(struct virtq *queue, u32 count);
+
+/* ---- virtio_other.c --------------------------------------------------------------------------------------------- */
+
+/* The features of devices themselves: those of queues and transport are negotiated by virtio.c. */
+#define ALL_FEATURES 0xfffffful
+
+/* Starts a driver with all queues up to `last`, so that any device is content. */
+const char *correct_start(struct virtio *device, u32 last);
+/* One piece of work, for devices that answer of themselves. For the others it is enough that they started. */
+const char *correct_work(struct virtio *device);
+
+/* A device that nothing happens to, beside one of type `id`. False: there is none. */
+bool other_start(u32 id);
+u32 other_id(void);
+const char *other_work(void);
+void other_stop(void);
+
+/* ---- virtio_endure.c -------------------------------------------------------------------------------------------- */
+
+/* What requests carry whose bytes come back, or are looked at elsewhere. */
+#define NOTE_MAGIC 0x65746f6eu
+#define NOTE_SIZE 64
+struct note {
+  u32 magic;
+  u32 done;    /* requests that were completed before it */
+  u32 attempt; /* no two notes have the same number */
+  u32 sum;
+  u8 rest[NOTE_SIZE - 16];
+};
+void note_write(struct note *note, u32 done, u32 attempt);
+bool note_good(const struct note *note);
+
+/* The work of one device. */
+struct endurance {
+  struct virtio *device;
+  const char *(*start)(void);                      /* from the reset to DRIVER_OK, with memory of its own */
+  const char *(*request)(u32 done, u32 attempt); /* one at a time, until it is completed or has failed */
+};
+/* Does all requests, each again until it is completed, and drives another device whenever this one needs a reset. */
+const char *virtio_endure(const char *name, const struct endurance *subject, u32 requests);
+const char *endure_wrong(const char *why);
+/* How many requests: ",N" */
+u32 endure_requests(const char *text);
 
 /* Memory for rings and buffers: RAM behind the image, not cleared. NULL when there is no more. It is all given back before each
  * word of the command line. */

@@ -131,18 +131,59 @@ static const char *run(u64 size) {
   return NULL;
 }
 
-/* "MIB": how much memory it has to give up */
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+#define ENDURED 3 /* pages, of which the middle one is given up */
+
+static const char *start(void) {
+  const char *error = virtio_start(&balloon, 0);
+  for (u32 queue = INFLATE; queue <= DEFLATE && !error; queue++) error = virtq_setup(&balloon, queue, 16);
+  if (!error) error = virtio_ready(&balloon);
+  numbers = heap_take(sizeof *numbers, 64);
+  memory = (u64)heap_take(ENDURED * PAGE, PAGE);
+  return error ? error : numbers && memory ? NULL : "no memory";
+}
+
+/* A place in each quarter of a page: whether it has the wanted word at all of them. */
+static bool has(u64 page, u64 wanted) {
+  for (u64 at = page; at < page + PAGE; at += PAGE / 4)
+    if (*(volatile u64 *)at != wanted) return false;
+  return true;
+}
+
+/* Gives a page up and takes it back: it is empty, and those beside it are as they were. */
+static const char *give_and_take(u32 done, u32 attempt) {
+  u64 page = memory + PAGE, mark = attempt + 1;
+  for (u64 at = memory; at < memory + ENDURED * PAGE; at += PAGE / 4) *(volatile u64 *)at = mark;
+  *numbers = (u32)(page / PAGE);
+  const char *error = virtq_call(&balloon.queues[INFLATE], &(struct buffer){numbers, sizeof *numbers, false}, 1, NULL);
+  if (!has(memory, mark) || !has(page + PAGE, mark)) return endure_wrong("another page");
+  if (!has(page, 0) && !(error && has(page, mark))) return endure_wrong("not given up");
+  if (error) return error;
+  virtio_config_write32(&balloon, CONFIG_ACTUAL, 1);
+  *(volatile u64 *)page = mark;
+  error = virtq_call(&balloon.queues[DEFLATE], &(struct buffer){numbers, sizeof *numbers, false}, 1, NULL);
+  if (*(volatile u64 *)page != mark) return endure_wrong("given up later on");
+  if (error) return error;
+  virtio_config_write32(&balloon, CONFIG_ACTUAL, 0);
+  (void)done;
+  return NULL;
+}
+
+/* "MIB": how much memory it has to give up; "endure[,REQUESTS]" */
 bool virtio_balloon(const char *word) {
   const char *value = after_prefix(word, "balloon");
   if (!value || (*value && *value != '=')) return false;
+  const char *many = after_prefix(value, "=endure");
   u64 size = 32;
-  if (*value++) size = take_number(&value);
+  if (*value++ && !many) size = take_number(&value);
   if (!virtio_find(&balloon, VIRTIO_BALLOON, 0)) {
     say("balloon none");
     return true;
   }
   say("balloon device %x irq %u", balloon.base, U(balloon.irq));
-  const char *error = run(size << 20);
+  const char *error = many ? virtio_endure("balloon", &(struct endurance){&balloon, start, give_and_take}, endure_requests(many))
+                           : run(size << 20);
   if (error) {
     virtio_fail(&balloon);
     say("balloon failed %s", error);

@@ -19,8 +19,6 @@ enum { READ = 0, WRITE = 1, FLUSH = 4, GET_ID = 8, DISCARD = 11, WRITE_ZEROES = 
 #define DEPTH_MAX 256
 #define STATUS_UNSET 0xff
 #define UNMAP 1
-#define RESETS_MAX 1000
-#define AGAIN_MS 20
 #define BENCH_LIMIT_MS 60000
 #define USER_DEPTH 8 /* from this depth on it pays to go to CPL 3 and back for a batch */
 
@@ -193,47 +191,30 @@ static const char *on_range(const char *what, u32 type, u64 sector, u64 sectors,
 
 /* ---- a device that fails ---------------------------------------------------------------------------------------- */
 
-/* One request, `*again` when a reset came before its answer. */
-static const char *try_request(u32 type, u64 sector, void *data, bool *again) {
-  u8 status;
-  const char *error = simple(type, sector, data, SECTOR, &status);
-  *again = error && virtio_needs_reset(&disk);
-  return *again ? NULL : error ? error : status ? "status" : NULL;
+static u32 *endured; /* a sector */
+
+static const char *start_again(void) {
+  const char *error = start();
+  endured = heap_take(SECTOR, PAGE);
+  return error ? error : endured ? NULL : "no memory";
 }
 
-/* Writes sectors one after the other and reads each of them again, whatever happens to the device meanwhile. */
-static const char *endure(u64 count) {
-  u32 starts = 0, *words = heap_take(SECTOR, PAGE);
-  u64 mark = heap_mark();
-  bool again = true;
-  if (!words) return "no memory";
-  for (u64 done = 0; done < count;) {
-    if (again) {
-      if (++starts == RESETS_MAX) return "too many resets";
-      heap_back(mark);
-      const char *error = start();
-      again = error;
-      if (error) { /* it failed again meanwhile */
-        wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, AGAIN_MS);
-        continue;
-      }
-    }
-    u64 sector = done % capacity;
-    words[0] = pattern(starts, (u32)done);
-    words[SECTOR / 4 - 1] = ~words[0];
-    u32 wanted = words[0];
-    const char *error = try_request(WRITE, sector, words, &again);
-    if (!error && !again) {
-      words[0] = words[SECTOR / 4 - 1] = 0;
-      error = try_request(READ, sector, words, &again);
-    }
-    if (error) return error;
-    if (again) continue;
-    if (words[0] != wanted || words[SECTOR / 4 - 1] != ~wanted) return "another sector's bytes, or older ones";
-    done++;
-  }
-  say("blk endure %u requests %u resets ok", 2 * count, U(starts - 1));
-  return NULL;
+/* Writes a sector and reads it again. */
+static const char *write_and_read(u32 done, u32 attempt) {
+  u64 sector = done % capacity;
+  u32 wanted = pattern(attempt, done);
+  u8 status;
+  endured[0] = wanted;
+  endured[SECTOR / 4 - 1] = ~wanted;
+  const char *error = simple(WRITE, sector, endured, SECTOR, &status);
+  if (error) return error;
+  if (status) return endure_wrong("status");
+  endured[0] = endured[SECTOR / 4 - 1] = 0;
+  error = simple(READ, sector, endured, SECTOR, &status);
+  if (error) return error;
+  if (status) return endure_wrong("status");
+  return endured[0] == wanted && endured[SECTOR / 4 - 1] == ~wanted ? NULL
+                                                                    : endure_wrong("another sector's bytes, or older ones");
 }
 
 /* ---- bench ------------------------------------------------------------------------------------------------------ */
@@ -357,7 +338,8 @@ static const char *about(void) {
 }
 
 static const char *run(const char *what, const char *rest) {
-  if (str_equal(what, "endure")) return endure(take_argument(&rest, 100));
+  if (str_equal(what, "endure"))
+    return virtio_endure("blk", &(struct endurance){&disk, start_again, write_and_read}, endure_requests(rest));
   const char *error = start();
   u8 status;
   if (error) return error;

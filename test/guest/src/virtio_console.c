@@ -151,16 +151,75 @@ static const char *run(bool named) {
   return error;
 }
 
-/* "ports": with further ports, where there are any */
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+static struct note *sent, heard;
+static u32 heard_bytes, heard_attempt; /* how much of the next note is there; behind the last one that was */
+static bool heard_any;
+
+/* The host sends back what it gets, as a stream that no reset takes anything of. */
+static void hear_bytes(const u8 *from, u32 length) {
+  for (u32 i = 0; i < length; i++) {
+    ((u8 *)&heard)[heard_bytes++] = from[i];
+    if (heard_bytes < NOTE_SIZE) continue;
+    heard_bytes = 0;
+    if (!note_good(&heard) || (heard_any && heard.attempt <= heard_attempt)) endure_wrong("wrong bytes");
+    heard_any = true;
+    heard_attempt = heard.attempt;
+  }
+}
+
+static const char *hear_all(bool give_back) {
+  u64 token;
+  u32 length;
+  while (virtq_take(&con.queues[0], &token, &length)) {
+    hear_bytes(buffers[0][token], length);
+    const char *error = give_back ? give(0, buffers[0][token], token) : NULL;
+    if (error) return error;
+  }
+  return NULL;
+}
+
+static const char *start(void) {
+  /* What was given to the driver before the device failed is the driver's. */
+  if (con.queues[0].size) hear_all(false);
+  const char *error = virtio_start(&con, F_SIZE);
+  for (u32 queue = 0; queue < 2 && !error; queue++) error = virtq_setup(&con, queue, 16);
+  if (!error) error = virtio_ready(&con);
+  sent = heap_take(sizeof *sent, 64);
+  if (!sent) return "no memory";
+  for (u32 i = 0; i < BUFFERS; i++)
+    if (!(buffers[0][i] = heap_take(BUFFER_SIZE, 64))) return "no memory";
+  for (u32 i = 0; i < BUFFERS && !error; i++) error = give(0, buffers[0][i], i);
+  return error;
+}
+
+/* A note there and back. */
+static const char *converse(u32 done, u32 attempt) {
+  u32 length;
+  note_write(sent, done, attempt);
+  const char *error = virtq_call(&con.queues[1], &(struct buffer){sent, sizeof *sent, false}, 1, &length);
+  while (!error && !(heard_any && heard_attempt >= attempt)) {
+    error = virtq_wait(&con.queues[0], VIRTIO_ANSWER_MS);
+    if (!error) error = hear_all(true);
+  }
+  return error;
+}
+
+/* "ports": with further ports, where there are any; "endure[,REQUESTS]" */
 bool virtio_console(const char *word) {
   bool named = str_equal(word, "console=ports");
-  if (!named && !str_equal(word, "console")) return false;
+  const char *many = after_prefix(word, "console=endure");
+  if (!named && !many && !str_equal(word, "console")) return false;
   if (!virtio_find(&con, VIRTIO_CONSOLE, 0)) {
     say("console none");
     return true;
   }
   say("console device %x irq %u", con.base, U(con.irq));
-  const char *error = run(named);
+  heard_any = false;
+  heard_bytes = 0;
+  const char *error = many ? virtio_endure("console", &(struct endurance){&con, start, converse}, endure_requests(many))
+                           : run(named);
   if (error) {
     virtio_fail(&con);
     say("console failed %s", error);

@@ -75,16 +75,20 @@ static void look(const char *name, u64 first, u64 count, bool write) {
   say("mem %s %u pages zero %u ones %u own %u", name, pages, zeros, ones, own);
 }
 
-static const char *run(void) {
+static const char *start(void) {
   const char *error = virtio_start(&mem, F_UNPLUGGED_INACCESSIBLE);
   if (!error) error = virtq_setup(&mem, 0, 8);
   if (!error) error = virtio_ready(&mem);
-  if (error) return error;
   request = heap_take(sizeof *request, 64);
   response = heap_take(sizeof *response, 64);
-  if (!request || !response) return "no memory";
   base = virtio_config64(&mem, CONFIG_ADDR);
   block = virtio_config64(&mem, CONFIG_BLOCK_SIZE);
+  return error ? error : request && response ? NULL : "no memory";
+}
+
+static const char *run(void) {
+  const char *error = start();
+  if (error) return error;
   say("mem region %x %u MiB in blocks of %u KiB", base, virtio_config64(&mem, CONFIG_REGION_SIZE) >> 20, block >> 10);
   /* The host asks when it likes. */
   if (virtio_config64(&mem, CONFIG_REQUESTED_SIZE) == 0) wait_for(&mem.config_changes, 1, VIRTIO_ANSWER_MS);
@@ -114,13 +118,61 @@ static const char *run(void) {
   return NULL;
 }
 
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+#define BLOCKS 4
+enum { STATE_UNPLUGGED = 1, STATE_PLUGGED = 2 }; /* what a block may be */
+
+static u8 possible[BLOCKS];
+static u64 marks[BLOCKS]; /* what was written to a block that is plugged; 0: nothing that is known of */
+
+static const char *change(u16 type, u32 index) {
+  bool plug = type == PLUG;
+  const char *error = call(type, index, 1);
+  if (error)
+    possible[index] = STATE_UNPLUGGED | STATE_PLUGGED; /* it was done, or it will never be */
+  else if (response->type)
+    return endure_wrong(plug ? "plug refused" : "unplug refused");
+  else
+    possible[index] = plug ? STATE_PLUGGED : STATE_UNPLUGGED;
+  return error;
+}
+
+/* Plugs a block or unplugs it, by turns. What it holds is what was written, or nothing. */
+static const char *plug_and_unplug(u32 done, u32 attempt) {
+  u32 index = done % BLOCKS;
+  u64 address = base + index * block;
+  const char *error = call(STATE, index, 1);
+  if (error) return error;
+  bool plugged = response->state == 0, wanted = done / BLOCKS % 2 == 0;
+  if (response->type || response->state > 1) return endure_wrong("no state");
+  if (!(possible[index] & (plugged ? STATE_PLUGGED : STATE_UNPLUGGED))) return endure_wrong("another state");
+  if (!plugged && *at(address) != ~0ul) return endure_wrong("not gone");
+  if (plugged && *at(address) != marks[index] && *at(address)) return endure_wrong("another block's word");
+  /* One that is as it is wanted was changed when the device failed. */
+  if (plugged == wanted && (error = change(plugged ? UNPLUG : PLUG, index))) return error;
+  if ((error = change(wanted ? PLUG : UNPLUG, index))) return error;
+  marks[index] = 0;
+  if (!wanted) return *at(address) == ~0ul ? NULL : endure_wrong("not gone");
+  if (*at(address)) return endure_wrong("not empty");
+  *at(address) = marks[index] = attempt + 1;
+  return NULL;
+}
+
+/* The host has asked for all of them by then. */
+static const char *endure(u32 requests) {
+  for (u32 i = 0; i < BLOCKS; i++) possible[i] = STATE_UNPLUGGED;
+  return virtio_endure("mem", &(struct endurance){&mem, start, plug_and_unplug}, requests);
+}
+
 bool virtio_mem(const char *word) {
-  if (!str_equal(word, "mem")) return false;
+  const char *many = after_prefix(word, "mem=endure");
+  if (!many && !str_equal(word, "mem")) return false;
   if (!virtio_find(&mem, VIRTIO_MEM, 0)) {
     say("mem none");
     return true;
   }
-  const char *error = run();
+  const char *error = many ? endure(endure_requests(many)) : run();
   if (error) {
     virtio_fail(&mem);
     say("mem failed %s", error);

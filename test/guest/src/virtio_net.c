@@ -224,6 +224,56 @@ static const char *echo(u32 count) {
   return late ? "late" : NULL;
 }
 
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+static u8 *note_frame;
+static u32 heard_attempt; /* one more than that of the last frame that came */
+
+static const char *start_again(void) {
+  note_frame = heap_take(HEADER + sizeof(struct ethernet) + NOTE_SIZE, PAGE);
+  return note_frame ? start() : "no memory";
+}
+
+/* A frame with a note is sent back by the host. One whose device has failed meanwhile may come later, or never. */
+static void hear(void) {
+  u64 token;
+  u32 head;
+  while (virtq_take_kept(rx, &token, &head)) {
+    const struct note *note = (struct note *)(buffers + token * BUFFER + HEADER + sizeof(struct ethernet));
+    if (rx->used->ring[(u16)(rx->last_used - 1) & (rx->size - 1)].len != HEADER + sizeof(struct ethernet) + NOTE_SIZE ||
+        !note_good(note) || note->attempt < heard_attempt)
+      endure_wrong("a wrong frame");
+    heard_attempt = note->attempt + 1;
+    virtq_add_kept(rx, head);
+  }
+  virtq_kick(rx);
+}
+
+static const char *there_and_back(u32 done, u32 attempt) {
+  static const u8 nobody[6] = {2, 0xff, 0xff, 0xff, 0xff, 0xfe};
+  struct ethernet *ethernet = (struct ethernet *)(note_frame + HEADER);
+  u64 token;
+  u32 head;
+  memset(note_frame, 0, HEADER);
+  memcpy(ethernet->to, nobody, 6);
+  memcpy(ethernet->from, mac, 6);
+  ethernet->type = TYPE_TEST;
+  note_write((struct note *)(ethernet + 1), done, attempt);
+  tx->desc[0].addr = (u64)note_frame;
+  tx->desc[0].len = HEADER + sizeof *ethernet + NOTE_SIZE;
+  virtq_arm(tx);
+  virtq_arm(rx);
+  virtq_add_kept(tx, 0);
+  virtq_kick(tx);
+  const char *error = virtq_wait(tx, VIRTIO_ANSWER_MS);
+  if (!error && !virtq_take_kept(tx, &token, &head)) error = "no answer";
+  while (!error && heard_attempt <= attempt) {
+    virtq_arm(rx);
+    if (!(error = virtq_wait(rx, VIRTIO_ANSWER_MS))) hear();
+  }
+  return error;
+}
+
 /* ---- bench ------------------------------------------------------------------------------------------------------ */
 
 struct bench_state {
@@ -365,6 +415,10 @@ static u64 take_argument(const char **text, u64 otherwise) {
 
 static const char *run(const char *what) {
   const char *rest;
+  if ((rest = after_prefix(what, "endure"))) {
+    heard_attempt = 0;
+    return virtio_endure("net", &(struct endurance){&nic, start_again, there_and_back}, endure_requests(rest));
+  }
   const char *error = start();
   if (error || !*what) return error ? error : about();
   if ((rest = after_prefix(what, "echo"))) return echo((u32)take_argument(&rest, 1));

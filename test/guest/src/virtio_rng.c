@@ -3,8 +3,6 @@
 
 #define REQUEST_MAX 4096
 #define SHOWN 64
-#define RESETS_MAX 1000
-#define AGAIN_MS 20
 
 static struct virtio rng;
 
@@ -33,29 +31,23 @@ static const char *run(u32 size, u32 requests) {
   return error;
 }
 
-/* One request after the other, whatever happens to the device meanwhile. */
-static const char *endure(u32 requests) {
-  u8 *bytes = heap_take(PAGE, PAGE);
-  u64 mark = heap_mark();
-  u32 resets = 0, length;
-  const char *error = "not started";
-  if (!bytes) return "no memory";
-  for (u32 done = 0; done < requests;) {
-    if (error) {
-      if (resets++ == RESETS_MAX) return "too many resets";
-      heap_back(mark);
-      error = virtio_start(&rng, 0);
-      if (!error) error = virtq_setup(&rng, 0, 8);
-      if (!error) error = virtio_ready(&rng);
-      if (error) wait_for(&interrupt_count[VECTOR_SPURIOUS], ~0u, AGAIN_MS);
-      continue;
-    }
-    error = virtq_call(&rng.queues[0], &(struct buffer){bytes, 64, true}, 1, &length);
-    if (error && !virtio_needs_reset(&rng)) return error;
-    if (!error) done++;
-  }
-  say("rng endure %u requests %u resets ok", U(requests), U(resets - 1));
-  return NULL;
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+static u8 *endured;
+
+static const char *start(void) {
+  const char *error = virtio_start(&rng, 0);
+  if (!error) error = virtq_setup(&rng, 0, 8);
+  if (!error) error = virtio_ready(&rng);
+  endured = heap_take(64, 64);
+  return error ? error : endured ? NULL : "no memory";
+}
+
+static const char *again(u32 done, u32 attempt) {
+  (void)done, (void)attempt;
+  u32 length;
+  const char *error = virtq_call(&rng.queues[0], &(struct buffer){endured, 64, true}, 1, &length);
+  return error ? error : length == 0 || length > 64 ? endure_wrong("wrong length returned") : NULL;
 }
 
 /* "BYTES[,REQUESTS]", or "endure[,REQUESTS]" */
@@ -73,11 +65,8 @@ static void rng_words(const char *text) {
     return;
   }
   say("rng device %x irq %u", rng.base, U(rng.irq));
-  if (many && *many == ',') {
-    many++;
-    requests = (u32)take_number(&many);
-  }
-  const char *error = many ? endure(requests) : run(size, requests);
+  const char *error = many ? virtio_endure("rng", &(struct endurance){&rng, start, again}, endure_requests(many))
+                           : run(size, requests);
   if (error) {
     virtio_fail(&rng);
     say("rng failed %s", error);

@@ -326,6 +326,93 @@ static const char *work(void) {
   return late ? "late" : NULL;
 }
 
+/* ---- a device that fails ---------------------------------------------------------------------------------------- */
+
+#define ENDURED 8 /* buffers for packets to come */
+#define ENDURED_SIZE 0x1000u
+
+struct note_packet {
+  struct header header;
+  struct note note; /* right behind it: a header is a multiple of four bytes long */
+};
+
+static struct note_packet *note_packet;
+
+static const char *start_again(void) {
+  const char *error = virtio_start(&device, 0);
+  for (u32 queue = RECEIVE; queue <= EVENT && !error; queue++) error = virtq_setup(&device, queue, ENDURED);
+  rx = &device.queues[RECEIVE];
+  tx = &device.queues[TRANSMIT];
+  cid = virtio_config32(&device, 0);
+  if (!error) error = virtio_ready(&device);
+  if (error) return error;
+  rx_packets = heap_take(ENDURED * ENDURED_SIZE, PAGE);
+  note_packet = heap_take(sizeof *note_packet, 64);
+  if (!rx_packets || !note_packet) return "no memory";
+  for (u32 i = 0; i < ENDURED; i++)
+    if (!virtq_add(rx, &(struct buffer){rx_packets + i * ENDURED_SIZE, ENDURED_SIZE, true}, 1, i)) return "queue full";
+  virtq_kick(rx);
+  return NULL;
+}
+
+static const char *note_send(u32 port, u16 op, u32 flags, u32 size, u32 received) {
+  note_packet->header = (struct header){
+      .src_cid = cid,
+      .dst_cid = HOST_CID,
+      .src_port = port,
+      .dst_port = host_port,
+      .len = size,
+      .type = TYPE_STREAM,
+      .op = op,
+      .flags = flags,
+      .buf_alloc = ECHO_ALLOC,
+      .fwd_cnt = received,
+  };
+  return virtq_call(tx, &(struct buffer){note_packet, HEADER + size, false}, 1, NULL);
+}
+
+/* Waits for a packet to the port, which is of this kind, or says that the host's buffers are empty. */
+static const char *note_receive(u32 port, u16 op, struct note *note, u32 *received) {
+  for (;;) {
+    u64 token;
+    u32 written;
+    const char *error = virtq_wait(rx, VIRTIO_ANSWER_MS);
+    if (error) return error;
+    if (!virtq_take(rx, &token, &written)) return "no answer";
+    struct header header = *(struct header *)(rx_packets + token * ENDURED_SIZE);
+    if (written < HEADER || written != HEADER + header.len || header.dst_cid != cid || header.src_port != host_port)
+      return endure_wrong("a wrong packet");
+    /* A connection of a driver before this one is no more, and its port is used once. */
+    if (header.dst_port != port) return endure_wrong("another connection's packet");
+    if (header.op == OP_RW) {
+      if (!note || *received + header.len > NOTE_SIZE) return endure_wrong("too many bytes");
+      memcpy((u8 *)note + *received, rx_packets + token * ENDURED_SIZE + HEADER, header.len);
+      *received += header.len;
+    }
+    if (!virtq_add(rx, &(struct buffer){rx_packets + token * ENDURED_SIZE, ENDURED_SIZE, true}, 1, token))
+      return "queue full";
+    virtq_kick(rx);
+    if (header.op == op && (op != OP_RW || *received == NOTE_SIZE)) return NULL;
+    if (header.op == OP_RST) return endure_wrong("reset");
+  }
+}
+
+/* A connection of its own for each note, there and back. */
+static const char *converse(u32 done, u32 attempt) {
+  static struct note note;
+  u32 port = FIRST_PORT + attempt, received = 0;
+  const char *error = note_send(port, OP_REQUEST, 0, 0, 0);
+  if (!error) error = note_receive(port, OP_RESPONSE, NULL, &received);
+  if (error) return error;
+  note_write(&note_packet->note, done, attempt);
+  error = note_send(port, OP_RW, 0, NOTE_SIZE, 0);
+  if (!error) error = note_receive(port, OP_RW, &note, &received);
+  if (error) return error;
+  if (!note_good(&note) || note.attempt != attempt || note.done != done) return endure_wrong("wrong bytes");
+  error = note_send(port, OP_SHUTDOWN, SHUT_BOTH, 0, received);
+  return error ? error : note_receive(port, OP_RST, NULL, &received);
+}
+
 /* ---- words ------------------------------------------------------------------------------------------------------ */
 
 static u64 take_argument(const char **text, u64 otherwise) {
@@ -337,6 +424,11 @@ static u64 take_argument(const char **text, u64 otherwise) {
 /* "send,PORT,BYTES[,CONNECTIONS]", "take,..", "short,PORT,BYTES[,CONNECTIONS]" or "echo,PORT[,CONNECTIONS]" */
 static const char *run(const char *what) {
   const char *rest;
+  if ((rest = after_prefix(what, "endure"))) {
+    /* "PORT[,REQUESTS]" */
+    host_port = (u32)take_argument(&rest, 1);
+    return virtio_endure("vsock", &(struct endurance){&device, start_again, converse}, endure_requests(rest));
+  }
   if ((rest = after_prefix(what, "raw-"))) what = rest;
   raw = rest;
   if ((rest = after_prefix(what, "send")))
