@@ -57,7 +57,7 @@ export interface BootMeasurement {
 export const measureBoot = async (lab: Lab, vmm: Vmm, trace: boolean): Promise<BootRun> => {
   const measure = [labPaths.node, "scripts/lab/measure-boot.ts", ...(trace ? ["--trace"] : []), "--"]
   const script = `truncate -s 64M ${DISK}\n${[...measure, ...vmms[vmm]].map(quoted).join(" ")}`
-  const result = await lab.run({ script, timeoutSeconds: 180 })
+  const result = await lab.run({ script })
   const text = result.files.get("boot.json")
   if (text === undefined) throw new LabError(`measuring a boot under ${vmm} failed:\n${result.output}`)
   // Written by measure-boot.ts of the same clone.

@@ -19,7 +19,7 @@ export interface LabOptions {
   /** Names the log of the outer machine's console, `.cache/lab/NAME.log`. */
   readonly name?: string
   readonly progress?: Progress
-  /** The outer machine ends after this many seconds, whatever happens. 900 unless given. */
+  /** The outer machine ends after this many seconds, whatever happens. {@link LAB_SECONDS} unless given. */
   readonly limitSeconds?: number
   /** Memory of the outer machine in MiB. 3072 unless given. */
   readonly memory?: number
@@ -31,7 +31,7 @@ export interface LabOptions {
 /** A shell script to be run in the lab, in the folder `/repo`; files that it leaves in `$FILES` are brought back. */
 export interface LabJob {
   readonly script: string
-  /** The script and everything it started are killed after this many seconds. 120 unless given. */
+  /** The script and everything it started are killed after this many seconds. {@link JOB_SECONDS} unless given. */
   readonly timeoutSeconds?: number
   /** Called with what the script prints, as it comes. */
   readonly onOutput?: (chunk: Buffer) => void
@@ -67,6 +67,16 @@ const FIXED_OPTIONS: ReadonlyArray<string> = [
   "-display none -serial stdio",
   "-chardev socket,id=agent,fd=3 -device virtio-serial-pci -device virtserialport,chardev=agent"
 ].flatMap((options) => options.split(" "))
+
+/**
+ * Limits are there for what hangs, not for what is slow: on a quiet host most jobs take less than a twentieth of theirs, and a
+ * host may have much else to do.
+ */
+export const JOB_SECONDS = 780
+const LAB_SECONDS = 7200
+
+/** How long the outer machine may take to be there: some 5 s on a quiet host. */
+const START_SECONDS = 300
 
 /** How long an answer may be overdue. */
 const PATIENCE_SECONDS = 90
@@ -127,7 +137,7 @@ export class Lab implements AsyncDisposable {
   static async start(options: LabOptions = {}): Promise<Lab> {
     await requireLab()
     const progress = options.progress ?? toStandardError
-    const limit = options.limitSeconds ?? 900
+    const limit = options.limitSeconds ?? LAB_SECONDS
     const kernel = await provideKernel({ progress })
     const given = options.kernel ?? givenKernel()
     const guestKernel = given === undefined ? kernel : await provideKernel({ progress, kernel: given })
@@ -170,7 +180,11 @@ export class Lab implements AsyncDisposable {
       options.signal?.removeEventListener("abort", stop)
     })
     if (options.signal?.aborted === true) stop()
-    await lab.#expect("ready\n", undefined, () => {})
+    const overdue = setTimeout(
+      () => lab.#end(`the outer machine was not ready after ${START_SECONDS} s`),
+      START_SECONDS * 1000
+    )
+    await lab.#expect("ready\n", undefined, () => {}).finally(() => clearTimeout(overdue))
     progress(`the lab is ready after ${((performance.now() - begun) / 1000).toFixed(1)} s`)
     return lab
   }
@@ -180,7 +194,7 @@ export class Lab implements AsyncDisposable {
     const result = this.#queue.then(() => {
       const name = `job-${randomBytes(12).toString("hex")}`
       const script = Buffer.from(job.script).toString("base64")
-      const limit = job.timeoutSeconds ?? 120
+      const limit = job.timeoutSeconds ?? JOB_SECONDS
       // The agent ends a job in time. When nothing is heard of it long after, the outer machine itself hangs.
       const timer = setTimeout(
         () =>

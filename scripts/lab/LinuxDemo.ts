@@ -39,7 +39,6 @@ export const runLinuxDemo = async (args: ReadonlyArray<string>): Promise<number>
       action: values.shell && runner.lab === undefined ? "shell" : "rng",
       image: "bzImage",
       cpus: Number(values.cpus),
-      timeoutSeconds: 240,
       onOutput: (chunk) => process.stdout.write(chunk)
     })
     process.stderr.write(`- ${describe(outcome)}\n`)

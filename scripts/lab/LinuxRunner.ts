@@ -6,7 +6,7 @@ import { access, readFile, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { cachePath, cloneRoot, once } from "./Cache.ts"
 import { buildGuestInitramfs, type GuestAction, REPORT } from "./GuestInitramfs.ts"
-import { Lab } from "./Lab.ts"
+import { JOB_SECONDS, Lab } from "./Lab.ts"
 import { givenKernel, type LinuxKernel, provideKernel } from "./LinuxKernel.ts"
 import { type Progress, toStandardError } from "./Progress.ts"
 import { missingForLab } from "./Requirements.ts"
@@ -122,8 +122,6 @@ const troupeRunOf = (guest: LinuxGuest, files: Record<"bzImage" | "vmlinux" | "i
   bootProtocol: guest.bootProtocol ?? "auto"
 })
 
-const DEFAULT_TIMEOUT_SECONDS = 180
-
 interface NodeRun {
   readonly interactive: boolean
   readonly timeoutSeconds: number | undefined
@@ -144,7 +142,7 @@ const runNode = async (
   const timer = interactive ? undefined : setTimeout(() => {
     late = true
     child.kill("SIGKILL")
-  }, (timeoutSeconds ?? DEFAULT_TIMEOUT_SECONDS) * 1000)
+  }, (timeoutSeconds ?? JOB_SECONDS) * 1000)
   const chunks: Array<Buffer> = []
   const keep = (chunk: Buffer): void => {
     chunks.push(chunk)
@@ -184,7 +182,7 @@ const runHostOnHost = async (kernel: LinuxKernel, program: HostProgram): Promise
 const runHostInLab = async (lab: Lab, program: HostProgram): Promise<HostOutcome> => {
   const result = await lab.run({
     script: `exec ${[labPaths.node, program.source, ...program.args ?? []].map(quoted).join(" ")}`,
-    timeoutSeconds: program.timeoutSeconds ?? DEFAULT_TIMEOUT_SECONDS,
+    ...(program.timeoutSeconds === undefined ? {} : { timeoutSeconds: program.timeoutSeconds }),
     ...(program.onOutput === undefined ? {} : { onOutput: program.onOutput })
   })
   return { ...result, steps: stepsOf(result.output) }
@@ -194,7 +192,7 @@ const runInLab = async (lab: Lab, guest: LinuxGuest): Promise<LinuxOutcome> => {
   const args = troupeArguments(troupeRunOf(guest, labPaths), labPaths.repository)
   const result = await lab.run({
     script: `exec ${[labPaths.node, ...args].map(quoted).join(" ")}`,
-    timeoutSeconds: guest.timeoutSeconds ?? DEFAULT_TIMEOUT_SECONDS,
+    ...(guest.timeoutSeconds === undefined ? {} : { timeoutSeconds: guest.timeoutSeconds }),
     ...(guest.onOutput === undefined ? {} : { onOutput: guest.onOutput })
   })
   return { ...result, report: reportOf(result.output), cmdline: cmdlineOf(guest) }

@@ -75,6 +75,7 @@ const programDisk = Effect.sync(() => {
 
 const main = Effect.gen(function*() {
   const path = yield* programDisk
+  const holding = yield* Deferred.make<void>()
   const held = yield* Deferred.make<string>()
   const listeners = [
     {
@@ -90,7 +91,8 @@ const main = Effect.gen(function*() {
     {
       port: HELD,
       acceptor: serve((socket) =>
-        Stream.runDrain(socket.input).pipe(
+        Deferred.succeed(holding, undefined).pipe(
+          Effect.andThen(Stream.runDrain(socket.input)),
           Effect.exit,
           Effect.flatMap((exit) => Deferred.succeed(held, exit._tag))
         )
@@ -109,9 +111,12 @@ const main = Effect.gen(function*() {
   const endpoint = yield* linux.guest.getHostVsockEndpoint
   yield* linux.run("dd if=/dev/vda of=/tmp/vsock bs=4096 2>/dev/null && chmod +x /tmp/vsock")
 
+  /** Starts a program in the background. The file for what it prints is there, and empty, before it runs. */
+  const start = (command: string, output: string) => linux.run(`: > ${output}; (${command}) > ${output} 2>&1 &`)
+
   /** What a program prints that takes longer than a command of the shell may, and how long it took in seconds. */
   const runLong = Effect.fnUntraced(function*(command: string) {
-    yield* linux.run(`(${command}; echo done) > /tmp/long 2>&1 &`)
+    yield* start(`${command}; echo done`, "/tmp/long")
     const begun = performance.now()
     const text = yield* until(linux.run("cat /tmp/long"), (text) => text.endsWith("\ndone"), LONG_TRIES)
     return { text: text.slice(0, -"\ndone".length), seconds: (performance.now() - begun) / 1000 }
@@ -163,7 +168,7 @@ const main = Effect.gen(function*() {
     "connections of the host",
     Effect.gen(function*() {
       yield* VsockUnixSockets.serve(endpoint, unix)
-      yield* linux.run(`/tmp/vsock echo ${GUEST_PORT} ${CONNECTIONS + 2} > /tmp/echo 2>&1 &`)
+      yield* start(`/tmp/vsock echo ${GUEST_PORT} ${CONNECTIONS + 2}`, "/tmp/echo")
       yield* until(linux.run("cat /tmp/echo"), (text) => text.includes("listening"))
       const echoes = yield* Effect.forEach(
         Array.from({ length: CONNECTIONS }, (_, i) => i * 5000),
@@ -211,9 +216,9 @@ const main = Effect.gen(function*() {
       yield* linux.run("mkdir -p /tmp/root && tar xf /dev/vdb -C /tmp/root")
       const socat = "chroot /tmp/root /usr/bin/socat -t 30"
       assert.strictEqual(yield* linux.run(`echo from socat | ${socat} - VSOCK-CONNECT:${HOST}:${ECHO}`), "from socat")
-      yield* linux.run(`${socat} VSOCK-LISTEN:${SOCAT_PORT} PIPE > /tmp/socat 2>&1 &`)
+      yield* start(`${socat} VSOCK-LISTEN:${SOCAT_PORT} PIPE`, "/tmp/socat")
       const connected = endpoint.connect2(SOCAT_PORT).pipe(
-        Effect.retry(Schedule.spaced("500 millis").pipe(Schedule.upTo({ times: 60 })))
+        Effect.retry(Schedule.spaced("500 millis").pipe(Schedule.upTo({ times: 240 })))
       )
       const answer = yield* Effect.scoped(Effect.gen(function*() {
         const socket = yield* connected
@@ -239,7 +244,9 @@ const main = Effect.gen(function*() {
   yield* linux.step(
     "a program of the guest that is killed",
     Effect.gen(function*() {
-      yield* linux.run(`/tmp/vsock hold ${HOST} ${HELD} & sleep 1; kill -9 $!`)
+      yield* linux.run(`/tmp/vsock hold ${HOST} ${HELD} & echo $! > /tmp/holding`)
+      yield* Deferred.await(holding)
+      yield* linux.run("kill -9 $(cat /tmp/holding)")
       // The kernel closes it in good order, as it does for any program that ends.
       assert.strictEqual(yield* Deferred.await(held), "Success")
     })
