@@ -91,7 +91,7 @@ export const makeVm = Effect.gen(function*() {
 
   const observeWakes = yield* WakeObserver
   observeWakes(wakes)
-  const messageInterrupt = messageRoutes(vm, ioctl, hasVcpus)
+  const messageInterrupt = yield* messageRoutes(vm, ioctl, hasVcpus)
 
   return {
     addMemory: (guestAddress, size) =>
@@ -135,7 +135,7 @@ export const makeVm = Effect.gen(function*() {
       )
       return { gsi, trigger: line.trigger } satisfies InterruptLine
     }),
-    messageInterrupt: Effect.andThen(makeControllers, Effect.provideService(messageInterrupt, Ffi, ffi)),
+    messageInterrupt: Effect.andThen(makeControllers, messageInterrupt),
     createVcpu: (id) =>
       Effect.andThen(makeControllers, makeVcpu(machine, id)).pipe(
         Effect.provideService(Ffi, ffi),

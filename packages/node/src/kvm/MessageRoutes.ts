@@ -7,9 +7,10 @@
  */
 import { HypervisorError, type MessageInterrupt } from "@troupe/core/Hypervisor"
 import * as Effect from "effect/Effect"
+import * as Queue from "effect/Queue"
 import type * as Scope from "effect/Scope"
 import { Ffi } from "../Ffi.ts"
-import { kvmError } from "./KvmError.ts"
+import { kvmError, kvmFailure } from "./KvmError.ts"
 import { KvmIoctl, KvmValue } from "./KvmIoctl.ts"
 import { KvmIrqfd, KvmIrqRouting, KvmIrqRoutingEntry } from "./KvmStructs.ts"
 import type { KvmSystem } from "./KvmSystem.ts"
@@ -18,6 +19,10 @@ import type { KvmSystem } from "./KvmSystem.ts"
 const PIC_PINS = 8
 /** Entries of the kernel's table at most (`KVM_MAX_IRQ_ROUTES`), which its interrupt numbers stay below. */
 const ROUTES_LIMIT = 4096
+
+/** Refusals that wait to be logged, and those of one machine that are: a guest can point its messages anywhere. */
+const REFUSALS_WAITING_MAX = 4
+const REFUSALS_MAX = 16
 
 interface Message {
   readonly gsi: number
@@ -77,33 +82,63 @@ const encodeRoutes = (messages: ReadonlyArray<Message>) => {
   return view
 }
 
-/** Makes the message-signalled interrupts of a machine, which has its interrupt controllers by then. */
-export const messageRoutes = (
+const describeMessage = ({ addressHigh, addressLow, data, gsi }: Message): string => {
+  const address = addressHigh * 2 ** 32 + addressLow
+  return `interrupt ${gsi}, 0x${data.toString(16)} to 0x${address.toString(16)}`
+}
+
+/**
+ * The message-signalled interrupts of a machine, each time another one; the machine has its interrupt controllers by then. A
+ * message that the kernel refuses is logged, and nobody gets it. When the kernel does not take the others either, whoever
+ * triggers an interrupt gets a defect, a `HypervisorError`.
+ */
+export const messageRoutes = Effect.fnUntraced(function*(
   vm: number,
   ioctl: KvmSystem["Service"]["ioctl"],
   hasVcpus: () => boolean
-): Effect.Effect<MessageInterrupt, HypervisorError, Ffi | Scope.Scope> => {
+) {
+  const ffi = yield* Ffi
   const messages = new Set<Message>()
   /** Those whose message the kernel does not know yet. */
   const changed = new Set<Message>()
   const free: Array<number> = []
   let nextGsi: number = KvmValue.KVM_IOAPIC_NUM_PINS
-  return Effect.gen(function*() {
-    const ffi = yield* Ffi
-    const handOver = (): number =>
-      ffi.functions.ioctlBuffer(
-        vm,
-        KvmIoctl.KVM_SET_GSI_ROUTING.request,
-        encodeRoutes(Array.from(messages).filter(({ routed }) => routed))
-      )
-    const update = (): void => {
-      if (handOver() < 0) {
-        // A message that the kernel does not take is one that nobody would get. It must not keep the others back.
-        for (const message of changed) message.routed = false
-        handOver()
+  const refusals = yield* Queue.dropping<string>(REFUSALS_WAITING_MAX)
+  yield* Queue.take(refusals).pipe(
+    Effect.flatMap((text) => Effect.logWarning(text)),
+    Effect.repeat({ times: REFUSALS_MAX - 1 }),
+    Effect.forkScoped
+  )
+  const handOver = (): number =>
+    ffi.functions.ioctlBuffer(
+      vm,
+      KvmIoctl.KVM_SET_GSI_ROUTING.request,
+      encodeRoutes(Array.from(messages).filter(({ routed }) => routed))
+    )
+  const refused = (message: Message, result: number): void => {
+    message.routed = false
+    const { message: why } = kvmFailure(KvmIoctl.KVM_SET_GSI_ROUTING.name, describeMessage(message), result)
+    Queue.offerUnsafe(refusals, `the kernel takes no such interrupt, and nobody will get it: ${why}`)
+  }
+  const update = (): void => {
+    if (handOver() < 0) {
+      for (const message of changed) message.routed = false
+      const result = handOver()
+      if (result < 0) {
+        // It is not about a message: with the next interrupt all of them are handed over again.
+        for (const message of changed) message.routed = true
+        throw kvmFailure(KvmIoctl.KVM_SET_GSI_ROUTING.name, `${messages.size} messages`, result)
       }
-      changed.clear()
+      // Some message is not for the kernel. It must not keep the others back.
+      for (const message of changed) {
+        message.routed = true
+        const result = handOver()
+        if (result < 0) refused(message, result)
+      }
     }
+    changed.clear()
+  }
+  const make: Effect.Effect<MessageInterrupt, HypervisorError, Scope.Scope> = Effect.gen(function*() {
     const message = yield* Effect.acquireRelease(
       Effect.suspend(() => {
         const gsi = free.pop() ?? nextGsi++
@@ -146,4 +181,5 @@ export const messageRoutes = (
       }
     }
   })
-}
+  return make
+})
