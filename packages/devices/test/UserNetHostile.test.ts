@@ -50,6 +50,7 @@ type Step =
   }
   | { readonly _tag: "host"; readonly which: number; readonly what: number; readonly bytes: Uint8Array }
   | { readonly _tag: "open"; readonly ports: readonly [number, number]; readonly window: number }
+  | { readonly _tag: "follow"; readonly flags: number; readonly payload: Uint8Array }
   | { readonly _tag: "take"; readonly count: number; readonly room: number }
   | { readonly _tag: "pass"; readonly by: number }
 
@@ -119,8 +120,14 @@ const open: fc.Arbitrary<Step> = fc.record({
   ports: fc.tuple(port, port),
   window: fc.constantFrom(0, 1000, 0xffff)
 })
+/** What a right guest sends next on the connection that was opened last: so that scripts get beyond the beginning of one. */
+const follow: fc.Arbitrary<Step> = fc.record({
+  _tag: fc.constant("follow" as const),
+  flags: fc.constantFrom(ACK, ACK, ACK | FIN),
+  payload
+})
 const pass: fc.Arbitrary<Step> = fc.constantFrom(0, 1, 300, 5000, 150_000).map((by) => ({ _tag: "pass", by }))
-const script = fc.array(fc.oneof(frame, open, segment, segment, segment, host, host, take, pass), {
+const script = fc.array(fc.oneof(frame, open, follow, segment, segment, segment, host, host, take, pass), {
   maxLength: 200,
   size: "max"
 })
@@ -141,6 +148,7 @@ const run = (steps: ReadonlyArray<Step>, decisions: ReadonlyArray<NetDecision | 
     return () => void waiting.delete(later)
   }
   const known = new Map<string, { readonly sequence: number; readonly acknowledgment: number }>()
+  let opened: readonly [number, number] = [1, 1]
   const takeAll = (count: number, room: number) => {
     for (let i = 0; i < count; i++) {
       const received = test.receive(room)
@@ -159,7 +167,8 @@ const run = (steps: ReadonlyArray<Step>, decisions: ReadonlyArray<NetDecision | 
   for (const step of steps) {
     switch (step._tag) {
       case "open": {
-        const [sourcePort, destinationPort] = step.ports
+        opened = step.ports
+        const [sourcePort, destinationPort] = opened
         const ends = { sourcePort, destinationPort, destination: REMOTE, window: step.window }
         test.send(tcp({ ...ends, sequence: 1000, flags: SYN }))
         test.sockets.tcp.at(-1)?.connect()
@@ -167,6 +176,16 @@ const run = (steps: ReadonlyArray<Step>, decisions: ReadonlyArray<NetDecision | 
         const last = known.get(`${sourcePort} ${destinationPort}`)
         if (last === undefined) break
         test.send(tcp({ ...ends, sequence: last.acknowledgment, acknowledgment: last.sequence, flags: ACK }))
+        break
+      }
+      case "follow": {
+        takeAll(100, 65_553)
+        const [sourcePort, destinationPort] = opened
+        const last = known.get(`${sourcePort} ${destinationPort}`)
+        if (last === undefined) break
+        const ends = { sourcePort, destinationPort, destination: REMOTE, window: 0xffff }
+        const { flags, payload } = step
+        test.send(tcp({ ...ends, sequence: last.acknowledgment, acknowledgment: last.sequence, flags, payload }))
         break
       }
       case "frame":
