@@ -1,19 +1,17 @@
-/** The balloon on a real KVM, driven by the small guest: what it gives up is measured in the resident memory of this process. */
+/** The balloon on a real KVM, driven by the small guest: what it gives up is measured in the resident memory of the guest. */
 import { assert, describe, it } from "@effect/vitest"
 import { GuestLifecycle } from "@troupe/core"
 import { fromPath, KvmGuestLifecycle } from "@troupe/node"
 import { Effect, Stream } from "effect"
-import { readFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
-import { kvmObstacle, onKvm } from "./support.ts"
+import { kvmObstacle, onKvm, residentBytesIn } from "./support.ts"
 
 const ELF = fileURLToPath(new URL("../guest/troupe-guest.elf", import.meta.url))
 const MEBIBYTE = 2 ** 20
+const MEMORY = 64 * MEBIBYTE
 const PAGES = 32 * MEBIBYTE / 4096
-
-/** Anonymous memory of this process that is really there, in MiB. */
-const residentMebibytes = (): number =>
-  Number(/^RssAnon:\s+(\d+) kB$/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1]) / 1024
+/** How long the guest may take to answer, on a host that has much else to do. */
+const PATIENCE_MILLIS = 30_000
 
 describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
   onKvm("the balloon over virtio-%s"),
@@ -30,7 +28,7 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
               cmdline: "quiet balloon=32",
               cpus: 1,
               virtioTransport,
-              guestMemory: "64M",
+              guestMemory: MEMORY,
               virtioBalloon: true
             })
             const guest = yield* lifecycle.bind
@@ -41,15 +39,15 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
             /** Returns when the guest has printed the line, and notes what this process has then. */
             const printed = (line: string) =>
               Stream.runHead(Stream.filter(serial.output, () => serial.log().some((text) => text.includes(line)))).pipe(
-                Effect.andThen(Effect.sync(() => resident.push([line, residentMebibytes()])))
+                Effect.andThen(Effect.sync(() => resident.push([line, residentBytesIn(MEMORY) / MEBIBYTE])))
               )
             const host = Effect.gen(function*() {
               yield* printed("balloon before")
               yield* balloon.requestNumPages(PAGES)
               yield* balloon.changes.pipe(Stream.filter((size) => size.currentNumPages === PAGES), Stream.runHead)
               yield* printed("balloon inflated")
-              const { ageMillis, stats } = yield* balloon.getMemStats
-              assert.isAtMost(ageMillis, 1000)
+              const { ageMillis, stats } = yield* balloon.getMemStatsWithin(PATIENCE_MILLIS)
+              assert.isAtMost(ageMillis, PATIENCE_MILLIS)
               free = stats.find(({ tag }) => tag === 4)?.val ?? -1
               yield* balloon.requestNumPages(0)
               yield* printed("balloon deflated")
@@ -73,19 +71,19 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
               ]
             )
             assert.strictEqual(free, 0)
-            // Everything else of this process changes by a few MiB meanwhile.
+            // The guest has stacks and queues as well.
             const at = Object.fromEntries(resident)
             const drop = (from: string, to: string) => (at[from] ?? 0) - (at[to] ?? 0)
-            assert.isAbove(drop("balloon before", "balloon inflated"), 24)
-            assert.isAbove(drop("balloon deflated", "balloon inflated"), 24)
-            assert.isAbove(drop("balloon deflated", "balloon reported"), 24)
+            assert.isAbove(drop("balloon before", "balloon inflated"), 30)
+            assert.isAbove(drop("balloon deflated", "balloon inflated"), 30)
+            assert.isAbove(drop("balloon deflated", "balloon reported"), 30)
             const { badRequests, discardedBytes, discards, inflatedPages, reportedPages } = balloon.counters()
             assert.deepStrictEqual([badRequests, inflatedPages, reportedPages], [0, PAGES, PAGES])
             assert.strictEqual(discardedBytes, 2 * PAGES * 4096)
             // A request has 256 pages in a row, upwards or downwards: one call to the host for each, and one for each report.
             assert.isAtMost(discards, PAGES / 256 + 16)
           }),
-        30_000
+        60_000
       )
     })
   }

@@ -32,11 +32,11 @@ const directory = Effect.acquireRelease(
   (directory) => Effect.sync(() => rmSync(directory, { recursive: true }))
 )
 
-/** Writes and flushes part after part, and says which is done; then it goes on writing until it is killed. */
+/** Writes and flushes part after part, and says which is done. It never ends by itself, however long it takes to kill it. */
 const words = Array.from(
   { length: ROUNDS },
   (_, round) => `blk=write,${round * PART},${PART},${round + 1} blk=flush say=${round}`
-).join(" ")
+).join(" ").concat(" idle")
 
 /** Runs the guest in a process of its own and kills that after so many rounds. Returns the last round that the guest has said. */
 const runUntilKilled = (disk: string, rounds: number) =>

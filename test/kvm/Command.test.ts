@@ -24,6 +24,7 @@ class Run {
   #stdout = ""
   #stderr = ""
   #waiters: Array<() => void> = []
+  #isOver = false
 
   constructor(args: ReadonlyArray<string>, command: string = process.execPath) {
     this.process = spawn(command, command === process.execPath ? [TROUPE, ...args] : args, {
@@ -43,6 +44,7 @@ class Run {
     })
     this.ended = new Promise((resolve) => {
       this.process.on("close", (code, signal) => {
+        this.#isOver = true
         resolve({ code, signal, stdout: this.#stdout, stderr: this.#stderr })
         more()
       })
@@ -52,7 +54,8 @@ class Run {
   /** Waits until the text has been printed on either stream. */
   async printed(text: string): Promise<void> {
     while (!this.#stdout.includes(text) && !this.#stderr.includes(text)) {
-      if (this.process.exitCode !== null || this.process.signalCode !== null) {
+      // The exit may be told before the last output.
+      if (this.#isOver) {
         assert.fail(`ended without ${JSON.stringify(text)}:\n${this.#stdout}\n${this.#stderr}`)
       }
       await new Promise<void>((resolve) => this.#waiters.push(resolve))
@@ -181,27 +184,33 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("troupe on KVM"), () => {
     })
   })
 
-  it("names what is wrong with files and configurations, and exits with 2", async () => {
-    const image = readFileSync(GUEST)
-    const cases: ReadonlyArray<readonly [ReadonlyArray<string>, RegExp]> = [
-      [["--kernel", join(folder, "nowhere")], /nowhere: there is no such file/],
-      [["--kernel", folder], /it is a directory/],
-      [["--kernel", file("text", new TextEncoder().encode("no kernel"))], /field: magic/],
-      [["--kernel", file("short", image.subarray(0, 5000))], /truncated/],
-      [["--kernel", file("empty", new Uint8Array(0))], /field: magic/],
-      [["--kernel", GUEST, "--initrd", join(folder, "nowhere")], /initial RAM disk.*no such file/],
-      [["--kernel", GUEST, "--initrd", file("large", new Uint8Array(2 ** 25)), "--memory", "32M"], /initrd.*must fit/],
-      [["--kernel", GUEST, "--memory", "1M"], /guestMemory: must be from 2 MiB/],
-      [["--kernel", GUEST, "--memory", "lots"], /guestMemory: must be a number of bytes/],
-      [["--kernel", GUEST, "--cpus", "0"], /cpus: .*got 0/],
-      [["--kernel", GUEST, "--cmdline", "x".repeat(5000)], /command line.*must not exceed/]
-    ]
-    for (const [args, words] of cases) {
-      const ended = await troupe("run", ...args)
+  // Each is a process of its own, which takes a while to start.
+  const image = readFileSync(GUEST)
+  const mistakes: ReadonlyArray<readonly [what: string, args: () => ReadonlyArray<string>, words: RegExp]> = [
+    ["no kernel", () => ["--kernel", join(folder, "nowhere")], /nowhere: there is no such file/],
+    ["a directory", () => ["--kernel", folder], /it is a directory/],
+    ["a text", () => ["--kernel", file("text", new TextEncoder().encode("no kernel"))], /field: magic/],
+    ["half a kernel", () => ["--kernel", file("short", image.subarray(0, 5000))], /truncated/],
+    ["an empty kernel", () => ["--kernel", file("empty", new Uint8Array(0))], /field: magic/],
+    ["no RAM disk", () => ["--kernel", GUEST, "--initrd", join(folder, "nowhere")], /initial RAM disk.*no such file/],
+    [
+      "a large RAM disk",
+      () => ["--kernel", GUEST, "--initrd", file("large", new Uint8Array(2 ** 25)), "--memory", "32M"],
+      /initrd.*must fit/
+    ],
+    ["little memory", () => ["--kernel", GUEST, "--memory", "1M"], /guestMemory: must be from 2 MiB/],
+    ["memory in words", () => ["--kernel", GUEST, "--memory", "lots"], /guestMemory: must be a number of bytes/],
+    ["no processor", () => ["--kernel", GUEST, "--cpus", "0"], /cpus: .*got 0/],
+    ["a long command line", () => ["--kernel", GUEST, "--cmdline", "x".repeat(5000)], /command line.*must not exceed/]
+  ]
+  it.each(mistakes)(
+    "names what is wrong with files and configurations, and exits with 2: %s",
+    async (_, args, words) => {
+      const ended = await troupe("run", ...args())
       assert.strictEqual(ended.code, 2, ended.stderr)
       assert.match(ended.stderr, words)
     }
-  })
+  )
 
   it("has a virtio console on the terminal when told to, and not the serial port", async () => {
     const run = new Run(["run", "-q", "--kernel", GUEST, "--cmdline", "console", "--console", "virtio"])

@@ -8,7 +8,7 @@ import { kvmObstacle, onKvm } from "./support.ts"
 
 const PROGRAM = fileURLToPath(new URL("./programs/spinner.ts", import.meta.url))
 
-/** Runs the program until it ends by itself, or is killed once its guest runs. */
+/** Runs the program until it ends by itself, or is killed once its guest runs. Its end is that of its output: it may be told of the exit before. */
 const run = async (how: string, signal?: NodeJS.Signals) => {
   const child = spawn(process.execPath, [PROGRAM, how], { stdio: ["ignore", "pipe", "ignore"] })
   let output = ""
@@ -17,7 +17,7 @@ const run = async (how: string, signal?: NodeJS.Signals) => {
     output += text
     if (signal !== undefined && output.includes("running")) child.kill(signal)
   })
-  const [code, killedBy]: Array<unknown> = await once(child, "exit")
+  const [code, killedBy]: Array<unknown> = await once(child, "close")
   return { output, code, killedBy, pid: child.pid }
 }
 

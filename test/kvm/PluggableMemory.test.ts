@@ -8,8 +8,7 @@ import { KvmIoctl } from "@troupe/node/kvm/KvmIoctl"
 import * as KvmSystem from "@troupe/node/kvm/KvmSystem"
 import * as VcpuThreads from "@troupe/node/kvm/VcpuThreads"
 import { Effect, Fiber, Layer, Queue } from "effect"
-import { readFileSync } from "node:fs"
-import { kvmObstacle, onKvm } from "./support.ts"
+import { kvmObstacle, onKvm, residentBytesIn } from "./support.ts"
 import { asm, CONTROL, dword, flatMode, kvmLayer, range, tinyMachine, word } from "./TinyMachine.ts"
 
 const isolated = { excludeTestServices: true }
@@ -65,9 +64,8 @@ const tellingMachine = Effect.fnUntraced(function*(code: ReadonlyArray<number>) 
   return { machine, memory, told, next }
 })
 
-/** Anonymous memory of this process that is really there, in bytes. */
-const residentBytes = (): number =>
-  1024 * Number(/^RssAnon:\s+(\d+) kB$/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1])
+/** Memory of the region that is really there, in bytes. */
+const residentBytes = (): number => residentBytesIn(8 * BLOCK)
 
 /** The FFI, where the ioctls with these numbers among those for memory slots, counted from 0 on, fail. */
 const failingFfi = (failing: Set<number>) =>
