@@ -39,10 +39,10 @@ const AT_ONCE_MAX = 0x4_0000
 const VECTORS_MAX = 256
 /** Size of `struct iovec` in 32-bit words: address, length. */
 const VECTOR_WORDS = 4
-/** Zeros are written in pieces of this size where the file system cannot make them. */
+/** Zeros are written out of a buffer of this size where the file system cannot make them. */
 const ZEROS_SIZE = 0x10_0000
 /**
- * Room is given up, or made zeros, in pieces of this size, with other work in between: the file system lets go of the pages while
+ * Room is given up, made zeros, or written with zeros in pieces of this size, with other work in between: the file system lets go of the pages while
  * the event loop stands still, a millisecond or so for each piece, and longer where they must be written first.
  */
 const ROOM_PIECE = 0x40_0000
@@ -64,6 +64,9 @@ const kinds: { readonly [code: string]: BlockErrorKind } = {
   ENXIO: "vanished",
   ESTALE: "vanished"
 }
+
+/** Whether the file system, or the medium, does not know such an operation at all. */
+const isUnknown = (result: number): boolean => result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS
 
 const codeOf = (error: unknown): string | undefined =>
   typeof error === "object" && error !== null && "code" in error ? String(error.code) : undefined
@@ -164,8 +167,9 @@ class FileBackend implements BlockBackend {
   readonly #fd: number
   readonly #functions: ForeignFunctions | undefined
   readonly #vectors: Vectors | undefined
-  /** Whether the file system can read without waiting, punch holes and zero ranges: until it says that it cannot. */
+  /** Whether the file system, or the medium, can read without waiting, punch holes and zero ranges: until it says that it cannot. */
   #canReadAtOnce: boolean
+  #canPunch: boolean
   #canZeroRange: boolean
   #zeros: BlockBytes | undefined
   #pending = 0
@@ -182,7 +186,8 @@ class FileBackend implements BlockBackend {
     this.#vectors = functions === undefined ? undefined : new Vectors(functions)
     this.#canReadAtOnce = functions !== undefined
     this.#canZeroRange = functions !== undefined
-    if (functions !== undefined && !facts.readOnly && canPunch(functions, fd, facts)) {
+    this.#canPunch = functions !== undefined && !facts.readOnly && canPunch(functions, fd, facts)
+    if (functions !== undefined && this.#canPunch) {
       this.discard = (offset, length, done) => this.#discard(functions, offset, length, done)
     }
     this.writeZeroes = (offset, length, unmap, done) => this.#writeZeroes(offset, length, unmap, done)
@@ -265,27 +270,42 @@ class FileBackend implements BlockBackend {
 
   #discard(functions: ForeignFunctions, offset: number, length: number, done: BlockDone): void {
     if (this.#refused("discard", done)) return
-    if (length === 0) return done()
+    // A device may keep what is discarded (section 5.2.6.2): one that cannot give it up has done its part.
+    if (length === 0 || !this.#canPunch) return done()
     this.#begin()
-    this.#changeRoom(functions, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length, (result) =>
+    this.#changeRoom(functions, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length, (result) => {
+      if (isUnknown(result)) this.#canPunch = false
+      // Block devices have alignments of their own.
+      const isKept = isUnknown(result) || result === -ErrnoNumber.EINVAL
       this.#end(
         done,
-        result < 0 ? this.#error("discard", "io", `fallocate: errno ${-result}`, offset, length) : undefined
-      ))
+        result < 0 && !isKept
+          ? this.#error("discard", "io", `fallocate: errno ${-result}`, offset, length)
+          : undefined
+      )
+    })
   }
 
   #writeZeroes(offset: number, length: number, unmap: boolean, done: BlockDone): void {
     if (this.#refused("writeZeroes", done)) return
     if (length === 0) return done()
     this.#begin()
-    if (this.#functions === undefined || !this.#canZeroRange) return this.#writeZeros(offset, length, done)
-    const how = unmap && this.discard !== undefined ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE
-    this.#changeRoom(this.#functions, how | FALLOC_FL_KEEP_SIZE, offset, length, (result, left) => {
+    this.#makeZeros(offset, length, unmap, done)
+  }
+
+  /** Has the file system make zeros, one way or the other, as far as it can, and writes what is left of them. */
+  #makeZeros(offset: number, length: number, unmap: boolean, done: BlockDone): void {
+    const functions = this.#functions
+    const punch = unmap && this.#canPunch
+    if (functions === undefined || (!punch && !this.#canZeroRange)) return this.#writeZeros(offset, length, done)
+    const how = punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE
+    this.#changeRoom(functions, how | FALLOC_FL_KEEP_SIZE, offset, length, (result, left) => {
       if (result >= 0) return this.#end(done)
-      if ((result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) && how === FALLOC_FL_ZERO_RANGE) {
-        this.#canZeroRange = false
-      }
-      this.#writeZeros(offset + length - left, left, done)
+      const at = offset + length - left
+      if (!isUnknown(result)) return this.#writeZeros(at, left, done)
+      if (punch) this.#canPunch = false
+      else this.#canZeroRange = false
+      this.#makeZeros(at, left, unmap, done)
     })
   }
 
@@ -306,11 +326,17 @@ class FileBackend implements BlockBackend {
 
   #writeZeros(offset: number, length: number, done: BlockDone): void {
     const zeros = this.#zeros ??= new Uint8Array(ZEROS_SIZE)
+    const piece = Math.min(length, ROOM_PIECE)
     const buffers = Array.from(
-      { length: Math.ceil(length / ZEROS_SIZE) },
-      (_, i) => zeros.subarray(0, Math.min(ZEROS_SIZE, length - i * ZEROS_SIZE))
+      { length: Math.ceil(piece / ZEROS_SIZE) },
+      (_, i) => zeros.subarray(0, Math.min(ZEROS_SIZE, piece - i * ZEROS_SIZE))
     )
-    this.#writeRest("writeZeroes", offset, buffers, length, done)
+    if (piece === length) return this.#writeRest("writeZeroes", offset, buffers, piece, done)
+    this.#begin()
+    this.#writeRest("writeZeroes", offset, buffers, piece, (error) => {
+      if (error === undefined) this.#writeZeros(offset + piece, length - piece, done)
+      else this.#end(done, error)
+    })
   }
 
   #grow(capacity: number, done: BlockDone): void {
