@@ -68,10 +68,15 @@ export interface ForeignFunctions {
   /** The address of JavaScript memory, valid while the buffer lives and is not detached. */
   readonly addressOf: (buffer: ForeignBuffer) => bigint
   /**
-   * `preadv2(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`; with {@link RWF_NOWAIT} it never
-   * waits for a medium. `-ENOSYS` where the C library does not have it.
+   * `preadv2(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`, together less than 2 GiB; with
+   * {@link RWF_NOWAIT} it never waits for a medium. `-ENOSYS` where the C library does not have it.
    */
   readonly preadv2: (fd: number, vectors: bigint, count: number, offset: number, flags: number) => number
+  /**
+   * `pwritev2(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`, together less than 2 GiB; with
+   * {@link RWF_NOWAIT} it waits for neither a medium nor a journal. `-ENOSYS` where the C library does not have it.
+   */
+  readonly pwritev2: (fd: number, vectors: bigint, count: number, offset: number, flags: number) => number
   /** `readv(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`, together less than 2 GiB. */
   readonly readv: (fd: number, vectors: bigint, count: number) => number
   /** `writev(2)`: the number of bytes. `vectors` is the address of `count` structures `iovec`, together less than 2 GiB. */
@@ -160,7 +165,7 @@ export const MADV_HUGEPAGE = 14
 /** `madvise(2)`: leave the range out of core dumps. */
 export const MADV_DONTDUMP = 16
 
-/** `preadv2(2)`: read only what is there without waiting, `-EAGAIN` when nothing is. */
+/** `preadv2(2)`, `pwritev2(2)`: do only what needs no waiting, `-EAGAIN` when that is nothing. */
 export const RWF_NOWAIT = 8
 /** `fallocate(2)`: the file keeps its size. */
 export const FALLOC_FL_KEEP_SIZE = 1

@@ -35,11 +35,12 @@ const loadKoffi = (): typeof KoffiModule | undefined => {
 }
 
 /** Younger than some C libraries in use. */
-const loadPreadv2 = (
-  lib: KoffiModule.LibraryHandle
+const loadVectoredFlags = (
+  lib: KoffiModule.LibraryHandle,
+  name: "preadv2" | "pwritev2"
 ): ((fd: number, vectors: bigint, count: number, offset: number, flags: number) => Integer64) | undefined => {
   try {
-    return lib.func("int64_t preadv2(int fd, uint64_t vectors, int count, int64_t offset, int flags)")
+    return lib.func(`int64_t ${name}(int fd, uint64_t vectors, int count, int64_t offset, int flags)`)
   } catch {
     return undefined
   }
@@ -95,7 +96,8 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
     "int fallocate(int fd, int mode, int64_t offset, int64_t length)"
   )
   const cFlock: (fd: number, operation: number) => number = lib.func("int flock(int fd, int operation)")
-  const cPreadv2 = loadPreadv2(lib)
+  const cPreadv2 = loadVectoredFlags(lib, "preadv2")
+  const cPwritev2 = loadVectoredFlags(lib, "pwritev2")
   const cEventfd: (initial: number, flags: number) => number = lib.func("int eventfd(uint32_t initial, int flags)")
   const cEventfdWrite: (fd: number, value: number) => number = lib.func("int eventfd_write(int fd, uint64_t value)")
   const cEventfdRead: (fd: number, value: bigint) => number = lib.func("int eventfd_read(int fd, uint64_t value)")
@@ -203,6 +205,11 @@ export const makeKoffiFfi = (): ForeignFunctions | undefined => {
     preadv2: (fd, vectors, count, offset, flags) => {
       if (cPreadv2 === undefined) return -ErrnoNumber.ENOSYS
       const result = Number(cPreadv2(fd, vectors, count, offset, flags))
+      return result < 0 ? failure() : result
+    },
+    pwritev2: (fd, vectors, count, offset, flags) => {
+      if (cPwritev2 === undefined) return -ErrnoNumber.ENOSYS
+      const result = Number(cPwritev2(fd, vectors, count, offset, flags))
       return result < 0 ? failure() : result
     },
     fallocate: (fd, mode, offset, length) => cFallocate(fd, mode, offset, length) < 0 ? failure() : 0,

@@ -41,13 +41,15 @@ const loadNodeFfi = (quiet: boolean): typeof NodeFfiModule | undefined => {
   }
 }
 
-const loadPreadv2 = (ffi: typeof NodeFfiModule) => {
+/** Reads and writes with flags, where the C library has them. They take pointers alone, see below. */
+const loadVectoredFlags = (ffi: typeof NodeFfiModule) => {
   try {
     const { functions, lib } = ffi.dlopen(null, {
-      preadv2: { arguments: ["i32", "u64", "i32", "i64", "i32"], return: "i64" }
+      preadv2: { arguments: ["pointer", "pointer", "pointer", "pointer", "pointer"], return: "i32" },
+      pwritev2: { arguments: ["pointer", "pointer", "pointer", "pointer", "pointer"], return: "i32" }
     })
     libraries.push(lib)
-    return functions.preadv2
+    return functions
   } catch {
     return undefined
   }
@@ -108,7 +110,7 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
   })
   libraries.push(lib, secondLib, hotLib)
   // Younger than some C libraries in use.
-  const preadv2 = loadPreadv2(ffi)
+  const withFlags = loadVectoredFlags(ffi)
 
   // `errno` of this thread as a typed array: read at once after the call, before anything can allocate and change it.
   const errno = new Int32Array(ffi.toArrayBuffer(c.__errno_location(), 4, false))
@@ -203,9 +205,14 @@ export const makeNodeFfi = (options: { readonly quiet: boolean }): ForeignFuncti
     viewAt: (address, length) => ffi.toArrayBuffer(address, length, false),
     addressOf: (buffer) => ffi.getRawPointer(buffer),
     preadv2: (fd, vectors, count, offset, flags) => {
-      if (preadv2 === undefined) return -ErrnoNumber.ENOSYS
-      const result = preadv2(fd, vectors, count, BigInt(offset), flags)
-      return result < 0n ? failure() : Number(result)
+      if (withFlags === undefined) return -ErrnoNumber.ENOSYS
+      const result = withFlags.preadv2(word(fd), vectors, word(count), BigInt(offset), word(flags))
+      return result < 0 ? failure() : result
+    },
+    pwritev2: (fd, vectors, count, offset, flags) => {
+      if (withFlags === undefined) return -ErrnoNumber.ENOSYS
+      const result = withFlags.pwritev2(word(fd), vectors, word(count), BigInt(offset), word(flags))
+      return result < 0 ? failure() : result
     },
     fallocate: (fd, mode, offset, length) => c.fallocate(fd, mode, BigInt(offset), BigInt(length)) < 0 ? failure() : 0,
     flock: (fd, operation) => c.flock(fd, operation) < 0 ? failure() : 0,

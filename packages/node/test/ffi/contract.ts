@@ -322,6 +322,25 @@ export const contract: ReadonlyArray<Check> = [
     }
   },
   {
+    name: "a vectored write puts all pieces at its offset, or says that it would have to wait",
+    run: (c) => {
+      const fd = ok(c.memfdCreate("contract", 0))
+      const source = Uint8Array.of(1, 2, 9, 9, 9, 9, 9, 9, 3, 4, 5)
+      const vectors = new BigUint64Array(new ArrayBuffer(32))
+      const address = c.addressOf(source)
+      vectors.set([address, 2n, address + 8n, 3n])
+      assert.equal(c.pwritev2(fd, c.addressOf(vectors), 2, PAGE + 1, 0), 5)
+      const written = new Uint8Array(7)
+      assert.equal(readSync(fd, written, 0, 7, PAGE), 6)
+      assert.deepEqual([...written], [0, 1, 2, 3, 4, 5, 0])
+      // Whether it may be done without waiting is the file system's choice.
+      const now = c.pwritev2(fd, c.addressOf(vectors), 2, 0, RWF_NOWAIT)
+      assert.ok(now === 5 || now === -ErrnoNumber.ENOTSUP || now === -ErrnoNumber.EAGAIN, String(now))
+      assert.equal(c.close(fd), 0)
+      assert.equal(c.pwritev2(fd, c.addressOf(vectors), 2, 0, 0), -ErrnoNumber.EBADF)
+    }
+  },
+  {
     name: "room of a file is given up, and a file is locked for one descriptor",
     run: (c) => {
       const fd = ok(c.memfdCreate("contract", 0))
