@@ -132,32 +132,84 @@ export type Command = (typeof COMMANDS)[number]
 /** A command, which connection it is about, and how much. */
 export type Step = readonly [Command, number, number]
 
-/** Scripts, that shrink to what matters in them. */
-export const script: fc.Arbitrary<ReadonlyArray<Step>> = fc.array(
-  fc.tuple(
-    fc.oneof(
-      { arbitrary: fc.constantFrom(...COMMANDS), weight: 2 },
-      {
-        arbitrary: fc.constantFrom<Command>(
-          "guestSends",
-          "hostWrites",
-          "guestReads",
-          "hostReads",
-          "packetsArriveAtHost",
-          "packetsArriveAtGuest",
-          "hostAccepts"
-        ),
-        weight: 3
-      }
+/** What moves data and packets: most of a script, so that something is under way when the rest of it happens. */
+const MOVING: ReadonlyArray<Command> = [
+  "guestSends",
+  "hostWrites",
+  "guestReads",
+  "hostReads",
+  "packetsArriveAtHost",
+  "packetsArriveAtGuest"
+]
+
+/** The steps by which a connection is opened, of a guest or of a host. */
+const opening = (byGuest: boolean, which: number, amount: number): ReadonlyArray<Step> =>
+  byGuest
+    ? [["guestConnects", 0, amount], ["packetsArriveAtHost", 0, 7], ["hostAccepts", 0, 0], [
+      "packetsArriveAtGuest",
+      0,
+      7
+    ]]
+    : [["hostConnects", which, amount], ["packetsArriveAtGuest", 0, 7], ["packetsArriveAtHost", 0, 7]]
+
+const amount = fc.nat({ max: 400 })
+const which = fc.nat({ max: 3 })
+
+/** Scripts, that shrink to what matters in them: some connections are open when it begins, as a rule. */
+export const script: fc.Arbitrary<ReadonlyArray<Step>> = fc.tuple(
+  fc.array(fc.tuple(fc.boolean(), which, amount), { size: "max", maxLength: 3 }),
+  fc.array(
+    fc.tuple(
+      fc.oneof(
+        { arbitrary: fc.constantFrom(...COMMANDS), weight: 2 },
+        { arbitrary: fc.constantFrom(...MOVING), weight: 3 }
+      ),
+      which,
+      amount
     ),
-    fc.nat({ max: 3 }),
-    fc.nat({ max: 400 })
-  ),
-  { size: "max", maxLength: 50 }
-)
+    { size: "max", maxLength: 50 }
+  )
+).map(([openings, steps]) => [...openings.flatMap((each) => opening(...each)), ...steps])
+
+/** The connection that a command is about: one that is not over, where there is one, or one of all. */
+const chosen = <A>(
+  ends: ReadonlyArray<A>,
+  isOver: (end: A) => boolean,
+  which: number,
+  amount: number
+): A | undefined => {
+  const alive = amount % 8 === 0 ? [] : ends.filter((end) => !isOver(end))
+  const from = alive.length === 0 ? ends : alive
+  return from[which % from.length]
+}
+
+/** What scripts have come to: how often a packet or a command met a connection in a state, and how many commands did something. */
+export interface Coverage {
+  /** By `state: packet` and `state: command`; `none` is where there is no connection any more. */
+  readonly met: Map<string, number>
+  schedules: number
+  commands: number
+  packets: number
+}
+
+export const makeCoverage = (): Coverage => ({ met: new Map(), schedules: 0, commands: 0, packets: 0 })
+
+/** Commands of a host about one of its connections. */
+const HOST_COMMANDS: ReadonlySet<Command> = new Set<Command>([
+  "hostWrites",
+  "hostReads",
+  "hostShutsSend",
+  "hostShutsReceive",
+  "hostCloses",
+  "hostResets",
+  "hostWaits"
+])
+
+const OP_NAMES = new Map<number, string>(Object.entries(Op).map(([name, op]) => [op, name]))
 
 /** One run of a script. */
 export class ConnectionModel {
+  readonly #coverage: Coverage
   #guest = new SessionGuest()
   #guestEnds: Array<GuestEnd> = []
   readonly #hostEnds: Array<HostEnd> = []
@@ -167,20 +219,51 @@ export class ConnectionModel {
   #takeBacks: Array<() => void> = []
   readonly #waiters = new Map<HostEnd, () => void>()
 
+  constructor(coverage: Coverage = makeCoverage()) {
+    this.#coverage = coverage
+  }
+
   /** Runs a script, then lets everything come to its end, and checks what has become of it. */
   run(steps: ReadonlyArray<Step>): void {
+    this.#coverage.schedules++
     for (const [command, which, amount] of steps) {
+      if (HOST_COMMANDS.has(command)) this.#met(this.#host(which, amount)?.connection.state, command)
+      const before = this.#activity
       this.#do(command, which, amount)
+      if (this.#activity !== before) this.#coverage.commands++
       this.#check()
     }
     this.#settle()
     this.#checkEnd()
   }
 
+  #met(state: string | undefined, what: string): void {
+    const { met } = this.#coverage
+    const key = `${state ?? "none"}: ${what}`
+    met.set(key, (met.get(key) ?? 0) + 1)
+  }
+
+  /** A number that is another one after a command that has done something. */
+  get #activity(): number {
+    let sum = this.#toHost.length + this.#toGuest.length + this.#guest.arrived.length + this.#guest.session.waiting +
+      this.#coverage.packets + this.#guest.time
+    for (const end of this.#hostEnds) {
+      sum += 1 + end.read + end.writes + (end.hasShutReceive ? 1 : 0) + (end.hasShutSend ? 1 : 0) +
+        (end.hasClosed ? 1 : 0) +
+        (end.hasReset ? 1 : 0) + (end.readerWaits ? 1 : 0)
+    }
+    for (const end of this.#guestEnds) sum += 1 + end.sent + end.received + end.read + end.shut
+    return sum
+  }
+
+  #host(which: number, amount: number): HostEnd | undefined {
+    return chosen(this.#hostEnds, ({ connection }) => connection.isOver, which, amount)
+  }
+
   #do(command: Command, which: number, amount: number): void {
     const guest = this.#guest
-    const end = this.#guestEnds.at(-1 - which)
-    const host = this.#hostEnds.at(-1 - which)
+    const end = chosen(this.#guestEnds, ({ state }) => state === "closed", which, amount)
+    const host = this.#host(which, amount)
     switch (command) {
       case "guestConnects":
         return this.#guestConnects(amount % 3 === 0)
@@ -283,7 +366,14 @@ export class ConnectionModel {
       fwdCnt: end.read
     }
     const guest = this.#guest
-    this.#toHost.push(() => guest.send(packet))
+    this.#toHost.push(() => {
+      this.#coverage.packets++
+      const connection = guest.session.connections().find(({ local, peer }) =>
+        local.port === end.hostPort && peer.port === end.port
+      )
+      this.#met(connection?.state, OP_NAMES.get(op) ?? String(op))
+      guest.send(packet)
+    })
   }
 
   #guestSends(end: GuestEnd, length: number, isEnd: boolean): void {
