@@ -2,8 +2,9 @@
  * Files and block devices of the host as disks.
  *
  * Reads of what the kernel has in memory are done at once, on the event loop, because handing them to another thread costs ten
- * times what they cost (`preadv2` with `RWF_NOWAIT`, which never waits for a medium). Everything else is done by libuv's thread
- * pool. Data goes between the kernel and guest memory without a copy of it.
+ * times what they cost (`preadv2` with `RWF_NOWAIT`, which never waits for a medium); so are writes to it where the file system
+ * can promise the same (XFS does). Everything else is done by libuv's thread pool. Data goes between the kernel and guest memory
+ * without a copy of it.
  */
 import {
   type BlockBackend,
@@ -33,9 +34,9 @@ import {
 } from "./internal/ForeignFunctions.ts"
 import { loadForeignFunctions } from "./internal/loadForeignFunctions.ts"
 
-/** A read of more bytes than this goes to the thread pool even when the kernel has them: copying them takes long. */
+/** What is more bytes than this goes to the thread pool even when the kernel has them in memory: copying them takes long. */
 const AT_ONCE_MAX = 0x4_0000
-/** A read of more pieces than this goes to the thread pool. The kernel takes 1024. */
+/** What is in more pieces than this goes to the thread pool. The kernel takes 1024. */
 const VECTORS_MAX = 256
 /** Size of `struct iovec` in 32-bit words: address, length. */
 const VECTOR_WORDS = 4
@@ -131,6 +132,10 @@ const lengthOf = (buffers: ReadonlyArray<BlockBytes>): number => {
   return length
 }
 
+/** Whether the buffers, together so long, take so little time that the event loop may wait for it. */
+const isQuick = (buffers: ReadonlyArray<BlockBytes>, length: number): boolean =>
+  length > 0 && length <= AT_ONCE_MAX && buffers.length <= VECTORS_MAX
+
 /** The buffers without their first bytes. */
 const rest = (buffers: ReadonlyArray<BlockBytes>, done: number): Array<BlockBytes> => {
   let skip = done
@@ -167,8 +172,9 @@ class FileBackend implements BlockBackend {
   readonly #fd: number
   readonly #functions: ForeignFunctions | undefined
   readonly #vectors: Vectors | undefined
-  /** Whether the file system, or the medium, can read without waiting, punch holes and zero ranges: until it says that it cannot. */
+  /** Whether the file system, or the medium, can do such a thing: until it says that it cannot. */
   #canReadAtOnce: boolean
+  #canWriteAtOnce: boolean
   #canPunch: boolean
   #canZeroRange: boolean
   #zeros: BlockBytes | undefined
@@ -185,6 +191,7 @@ class FileBackend implements BlockBackend {
     this.#functions = functions
     this.#vectors = functions === undefined ? undefined : new Vectors(functions)
     this.#canReadAtOnce = functions !== undefined
+    this.#canWriteAtOnce = functions !== undefined
     this.#canZeroRange = functions !== undefined
     this.#canPunch = functions !== undefined && !facts.readOnly && canPunch(functions, fd, facts)
     if (functions !== undefined && this.#canPunch) {
@@ -212,8 +219,11 @@ class FileBackend implements BlockBackend {
 
   readonly write = (offset: number, buffers: ReadonlyArray<BlockBytes>, done: BlockDone): void => {
     if (this.#refused("write", done)) return
+    const length = lengthOf(buffers)
+    const written = this.#writeAtOnce(offset, buffers, length)
+    if (written === length) return done()
     this.#begin()
-    this.#writeRest("write", offset, buffers, lengthOf(buffers), done)
+    this.#writeRest("write", offset + written, written === 0 ? buffers : rest(buffers, written), length - written, done)
   }
 
   readonly flush = (done: BlockDone): void => {
@@ -225,14 +235,26 @@ class FileBackend implements BlockBackend {
 
   /** Reads what the kernel has at hand. Returns the number of bytes at the beginning. */
   #readAtOnce(offset: number, buffers: ReadonlyArray<BlockBytes>, length: number): number {
-    if (!this.#canReadAtOnce || length > AT_ONCE_MAX || length === 0 || buffers.length > VECTORS_MAX) return 0
     const vectors = this.#vectors
     if (vectors === undefined || this.#functions === undefined) return 0
+    if (!this.#canReadAtOnce || !isQuick(buffers, length)) return 0
     vectors.set(buffers)
     const result = this.#functions.preadv2(this.#fd, vectors.address, buffers.length, offset, RWF_NOWAIT)
     if (result >= 0) return result
     // Whatever is wrong, the thread pool is told as well, and explains it.
     if (result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) this.#canReadAtOnce = false
+    return 0
+  }
+
+  /** Writes what the kernel takes into memory without waiting. Returns the number of bytes at the beginning. */
+  #writeAtOnce(offset: number, buffers: ReadonlyArray<BlockBytes>, length: number): number {
+    const vectors = this.#vectors
+    if (vectors === undefined || this.#functions === undefined) return 0
+    if (!this.#canWriteAtOnce || !isQuick(buffers, length)) return 0
+    vectors.set(buffers)
+    const result = this.#functions.pwritev2(this.#fd, vectors.address, buffers.length, offset, RWF_NOWAIT)
+    if (result >= 0) return result
+    if (result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) this.#canWriteAtOnce = false
     return 0
   }
 
