@@ -164,6 +164,8 @@ class MemBehaviour implements VirtioBehaviour {
   #queue: Virtqueue | undefined
   /** The hypervisor is at work, for the request in {@link #chain}. */
   #working = false
+  /** Has it stop, after the block in hand. */
+  #stop: (() => void) | undefined
   /** The answer, once it has done that. */
   #answer: number = MemResponse.BUSY
 
@@ -180,6 +182,7 @@ class MemBehaviour implements VirtioBehaviour {
 
   readonly reset = (): boolean => {
     this.#queue = undefined
+    this.#stop?.()
     return !this.#working
   }
 
@@ -218,17 +221,29 @@ class MemBehaviour implements VirtioBehaviour {
     return this.notify()
   }
 
-  /** Plugs and unplugs, one job after the other. What cannot be done now is not done at all, and the driver may ask again. */
+  /**
+   * Plugs and unplugs, one job after the other. What cannot be done now is not done at all, and the driver may ask again. A reset
+   * waits for one block: a job may have thousands, and what has become of them is for the next driver to ask.
+   */
   get run(): Effect.Effect<never> {
+    const stopped = Effect.callback<number>((resume) => {
+      this.#stop = () => resume(Effect.succeed(MemResponse.BUSY))
+      // It was reset before the job began.
+      if (this.#queue === undefined) this.#stop()
+      return Effect.sync(() => {
+        this.#stop = undefined
+      })
+    })
     return Effect.forever(
       Effect.gen({ self: this }, function*() {
         const { count, first, plug } = yield* Queue.take(this.#jobs)
         const work = plug ? this.#memory.plug(first, count) : this.#memory.unplug(first, count)
-        this.#answer = yield* Effect.matchEffect(work, {
+        const answer = Effect.matchEffect(work, {
           onFailure: (error) =>
             Effect.as(Effect.logWarning(`${this.#context.name}: ${error.message}`), MemResponse.BUSY),
           onSuccess: () => Effect.succeed(MemResponse.ACK)
         })
+        this.#answer = yield* Effect.raceFirst(stopped, answer)
         this.#state.publish()
         this.#context.signal(SIGNAL_DONE)
       })

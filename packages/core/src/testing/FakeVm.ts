@@ -245,14 +245,18 @@ export class FakeVm implements Vm, SimulationParticipant {
             return Effect.fail(refusal(operation, what, "the region does not have all of these blocks", EINVAL))
           }
           const plugged = operation === "plug"
-          for (let i = 0; i < count; i++) {
-            const block = plugged ? first + count - 1 - i : first + i
-            if (blocks.isPlugged(block) === plugged) continue
-            region.bytes.fill(0, block * blocks.blockSize, (block + 1) * blocks.blockSize)
-            blocks.set(block, plugged)
-          }
           this.trace(operation, -1, region.guestAddress + first * blocks.blockSize, count)
-          return Effect.void
+          // One block after the other: whoever interrupts it finds some of them changed.
+          const from = (i: number): Effect.Effect<void> =>
+            Effect.suspend(() => {
+              if (i === count) return Effect.void
+              const block = plugged ? first + count - 1 - i : first + i
+              if (blocks.isPlugged(block) === plugged) return from(i + 1)
+              region.bytes.fill(0, block * blocks.blockSize, (block + 1) * blocks.blockSize)
+              blocks.set(block, plugged)
+              return Effect.andThen(Effect.yieldNow, from(i + 1))
+            })
+          return from(0)
         })
       )
     }
