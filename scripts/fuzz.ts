@@ -1,8 +1,10 @@
 // `npm run fuzz`: hostile drivers against every virtio device, as many as wanted. The same seed does the same.
 import { parseArgs } from "node:util"
-// The model of the socket device's tests: no part of any package.
+// The models of the socket device's tests: no part of any package.
 // oxlint-disable-next-line eslint/no-restricted-imports
 import { failingSchedule } from "../packages/vsock/test/ConnectionModel.ts"
+// oxlint-disable-next-line eslint/no-restricted-imports
+import { failingMachine } from "../packages/vsock/test/MachineModel.ts"
 import {
   CASE_HEAP_MAX,
   hostileStatistics,
@@ -16,8 +18,8 @@ const DEFAULT_CASES = 1_000_000
 /** Cases of one device before it is the next one's turn. */
 const SLICE = 1024
 const PROGRESS_MILLIS = 1000
-/** Not a device, but what happens on the connections of one. */
-const VSOCK_MODEL = "vsock-model"
+/** Not devices, but what happens on the connections of one: on its session, and in whole machines. */
+const SCHEDULES = new Map([["vsock-model", failingSchedule], ["vsock-machines", failingMachine]])
 
 const USAGE = `Plays hostile drivers against the virtio devices, and says which of them a device does not stand.
 
@@ -29,7 +31,8 @@ const USAGE = `Plays hostile drivers against the virtio devices, and says which 
 
 Devices: ${HOSTILE_DEVICES.join(", ")}.
 
-  npm run fuzz -- --device ${VSOCK_MODEL}   schedules of the socket device's connections, with a guest that keeps to the protocol
+  npm run fuzz -- --device vsock-model      schedules of the socket device's connections, with a guest that keeps to the protocol
+  npm run fuzz -- --device vsock-machines   the same in whole machines, with fibers, devices that break and time
 `
 
 const fail = (text: string): never => {
@@ -66,7 +69,7 @@ const cases = wholeNumber("cases", values.cases)
 const seed = wholeNumber("seed", values.seed)
 const devices = values.device ?? HOSTILE_DEVICES
 for (const device of devices) {
-  if (!HOSTILE_DEVICES.includes(device) && device !== VSOCK_MODEL) {
+  if (!HOSTILE_DEVICES.includes(device) && !SCHEDULES.has(device)) {
     fail(`there is no device ${JSON.stringify(device)}\n${USAGE}`)
   }
 }
@@ -109,9 +112,8 @@ for (let slice = 0; !isInterrupted() && devices.some((_, i) => slice * SLICE < (
       }
       return !isInterrupted()
     }
-    const failure = device === VSOCK_MODEL
-      ? failingSchedule(first, count, beforeEach)
-      : tell(playCases(device, first, count, beforeEach))
+    const failure = SCHEDULES.get(device)?.(first, count, beforeEach) ??
+      (SCHEDULES.has(device) ? undefined : tell(playCases(device, first, count, beforeEach)))
     // Lets a signal in.
     await new Promise((resolve) => setImmediate(resolve))
     if (failure === undefined) continue

@@ -169,7 +169,7 @@ export const script: fc.Arbitrary<ReadonlyArray<Step>> = fc.tuple(
     ),
     { size: "max", maxLength: 50 }
   )
-).map(([openings, steps]) => [...openings.flatMap((each) => opening(...each)), ...steps])
+).map(([openings, steps]) => openings.flatMap((each) => opening(...each)).concat(steps))
 
 /** The connection that a command is about: one that is not over, where there is one, or one of all. */
 const chosen = <A>(
