@@ -5,6 +5,7 @@ import { constants } from "node:fs"
 import { access, readFile, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { cachePath, cloneRoot, once } from "./Cache.ts"
+import { watched } from "./ExitWatch.ts"
 import { buildGuestInitramfs, type GuestAction, REPORT } from "./GuestInitramfs.ts"
 import { JOB_SECONDS, Lab } from "./Lab.ts"
 import { givenKernel, type LinuxKernel, provideKernel } from "./LinuxKernel.ts"
@@ -181,7 +182,7 @@ const runHostOnHost = async (kernel: LinuxKernel, program: HostProgram): Promise
 
 const runHostInLab = async (lab: Lab, program: HostProgram): Promise<HostOutcome> => {
   const result = await lab.run({
-    script: `exec ${[labPaths.node, program.source, ...program.args ?? []].map(quoted).join(" ")}`,
+    script: watched([labPaths.node, program.source, ...program.args ?? []].map(quoted).join(" ")),
     ...(program.timeoutSeconds === undefined ? {} : { timeoutSeconds: program.timeoutSeconds }),
     ...(program.onOutput === undefined ? {} : { onOutput: program.onOutput })
   })
@@ -191,7 +192,7 @@ const runHostInLab = async (lab: Lab, program: HostProgram): Promise<HostOutcome
 const runInLab = async (lab: Lab, guest: LinuxGuest): Promise<LinuxOutcome> => {
   const args = troupeArguments(troupeRunOf(guest, labPaths), labPaths.repository)
   const result = await lab.run({
-    script: `exec ${[labPaths.node, ...args].map(quoted).join(" ")}`,
+    script: watched([labPaths.node, ...args].map(quoted).join(" ")),
     ...(guest.timeoutSeconds === undefined ? {} : { timeoutSeconds: guest.timeoutSeconds }),
     ...(guest.onOutput === undefined ? {} : { onOutput: guest.onOutput })
   })

@@ -1,5 +1,6 @@
 // An unmodified distribution kernel under `troupe run`, on an ordinary KVM: the host's own, or the nested lab's.
 import { afterAll, assert, beforeAll, describe, it, type TestContext } from "vitest"
+import { watched } from "../../scripts/lab/ExitWatch.ts"
 import type { LabResult } from "../../scripts/lab/Lab.ts"
 import type { LinuxGuest, LinuxOutcome, LinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
 import { missingForLinux, openLinuxRunner } from "../../scripts/lab/LinuxRunner.ts"
@@ -9,6 +10,7 @@ import { TROUPE_SOURCE } from "../../scripts/lab/TroupeCommand.ts"
 const POWER_OFF = 0
 const RESET = 32
 const PANIC = 34
+const TRIPLE_FAULT = 35
 
 const whyNot = await missingForLinux()
 const title = "unmodified Linux"
@@ -101,7 +103,7 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
     /** Runs the command in the lab; on a host that needs none, the kvm tier does the same on the host's own KVM. */
     const inLab = async (context: TestContext, args: string): Promise<LabResult> => {
       if (runner.lab === undefined) return context.skip("the host's own KVM boots Linux: the kvm tier runs this there")
-      return runner.lab.run({ script: `exec node --disable-warning=ExperimentalWarning ${TROUPE_SOURCE} ${args}` })
+      return runner.lab.run({ script: watched(`node ${TROUPE_SOURCE} ${args}`) })
     }
 
     it("runs the small guest, with its second processor, timer and entropy device", async (context) => {
@@ -109,6 +111,13 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
       const { code, output } = await inLab(context, `run ${guest} --cmdline "smp timer rng poweroff"`)
       for (const line of ["smp 2 of 2 up", "rng ok", "poweroff"]) assert.include(output, `troupe-guest: ${line}`)
       assert.strictEqual(code, POWER_OFF, output)
+    })
+
+    it("says what a guest did last whose processor shut down", async (context) => {
+      const guest = "--kernel test/guest/troupe-guest.elf --memory 64M"
+      const { code, output } = await inLab(context, `run ${guest} --cmdline "triplefault"`)
+      assert.strictEqual(code, TRIPLE_FAULT, output)
+      assert.match(output, /kvm_exit: .* reason shutdown rip 0x/)
     })
   })
 })

@@ -1,5 +1,6 @@
 // An unmodified distribution kernel that is offered packed virtqueues, and takes them.
 import { afterAll, assert, beforeAll, describe, it } from "vitest"
+import { watched } from "../../scripts/lab/ExitWatch.ts"
 import { Lab } from "../../scripts/lab/Lab.ts"
 import { missingForLab } from "../../scripts/lab/Requirements.ts"
 
@@ -20,7 +21,7 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
 
   it("takes them where they are offered, and draws random bytes and reads and writes a disk through them", async () => {
     const { code, output } = await lab.run({
-      script: "exec node --disable-warning=ExperimentalWarning test/lab/hosts/Packed.ts"
+      script: watched("node test/lab/hosts/Packed.ts")
     })
     for (const step of ["boot", "negotiation", "entropy", "disk", "poweroff"]) {
       assert.match(output, new RegExp(`^ok ${step} `, "m"), output)

@@ -1,5 +1,6 @@
 // An unmodified distribution kernel whose devices are on PCI, driven by its own virtio_pci.
 import { afterAll, assert, beforeAll, describe, it } from "vitest"
+import { watched } from "../../scripts/lab/ExitWatch.ts"
 import { Lab } from "../../scripts/lab/Lab.ts"
 import { missingForLab } from "../../scripts/lab/Requirements.ts"
 
@@ -20,7 +21,7 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
 
   it("finds the functions through ACPI, drives them with MSI-X, moves vectors, lets go and takes them again", async () => {
     const { code, output } = await lab.run({
-      script: "exec node --disable-warning=ExperimentalWarning test/lab/hosts/Pci.ts"
+      script: watched("node test/lab/hosts/Pci.ts")
     })
     for (const step of ["boot", "enumeration", "entropy", "move", "again", "poweroff"]) {
       assert.match(output, new RegExp(`^ok ${step} `, "m"), output)

@@ -1,5 +1,6 @@
 // An unmodified distribution kernel with its own vsock modules, and a small program of ours in it, against the host's endpoint.
 import { afterAll, assert, beforeAll, describe, it } from "vitest"
+import { watched } from "../../scripts/lab/ExitWatch.ts"
 import { Lab } from "../../scripts/lab/Lab.ts"
 import { missingForLab } from "../../scripts/lab/Requirements.ts"
 
@@ -34,7 +35,7 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
 
   it("moves bytes both ways, makes a thousand connections, and ends each as it should", async () => {
     const { code, output } = await lab.run({
-      script: "exec node --disable-warning=ExperimentalWarning test/lab/hosts/Vsock.ts"
+      script: watched("node test/lab/hosts/Vsock.ts")
     })
     for (const step of STEPS) assert.match(output, new RegExp(`^ok ${step}`, "m"), output)
     assert.strictEqual(code, 0, output)
@@ -42,8 +43,9 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
 
   it("does the same on virtio-pci", async () => {
     const { code, output } = await lab.run({
-      script: "TROUPE_VSOCK_BYTES=8388608 TROUPE_VSOCK_CONNECTIONS=100 " +
-        "exec node --disable-warning=ExperimentalWarning test/lab/hosts/Vsock.ts --transport pci"
+      script: watched(
+        "TROUPE_VSOCK_BYTES=8388608 TROUPE_VSOCK_CONNECTIONS=100 node test/lab/hosts/Vsock.ts --transport pci"
+      )
     })
     for (const step of STEPS) assert.match(output, new RegExp(`^ok ${step}`, "m"), output)
     assert.strictEqual(code, 0, output)
