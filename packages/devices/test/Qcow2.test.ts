@@ -11,10 +11,12 @@ import {
 import { Seed } from "@troupe/core/testing/Seed"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
+import * as Fiber from "effect/Fiber"
 import * as References from "effect/References"
 import * as Scope from "effect/Scope"
 import * as fc from "fast-check"
 import { LEFT_BYTES_MAX, openQcow2 } from "../src/block/qcow2/Qcow2Backend.ts"
+import { SCAN_MAX } from "../src/block/qcow2/Refcounts.ts"
 import { checkImage, type ImageOptions, makeImage } from "./Qcow2Images.ts"
 
 const SECTOR = 512
@@ -388,6 +390,36 @@ describe("openQcow2", () => {
       yield* blockEffect((done) => reopened.read(0, [all], done))
       same(all, bytes)
     })))
+
+  it.effect("lets others work while it looks for a free cluster among millions", () =>
+    Effect.gen(function*() {
+      const clusterBits = 21
+      const cluster = 2 ** clusterBits
+      const used = 2 ** 22
+      const image = makeImage({ size: cluster, clusterBits, version: 3, refcountOrder: 0 })
+      // The counts have a bit each. They are in the third cluster.
+      image.fill(0xff, 2 * cluster, 2 * cluster + used / 8)
+      const written: Array<number> = []
+      const memory = makeMemoryBackend("image", image)
+      const disk = yield* openQcow2({
+        ...memory,
+        write: (offset, buffers, done) => {
+          if (offset < image.length) return memory.write(offset, buffers, done)
+          written.push(offset)
+          done()
+        },
+        grow: (_, done) => done()
+      }, { readOnly: false })
+      const work = yield* Effect.forkChild(blockEffect((done) => disk.write(0, [new Uint8Array(SECTOR)], done)))
+      let turns = 0
+      while (work.pollUnsafe() === undefined) {
+        turns++
+        yield* Effect.yieldNow
+      }
+      yield* Fiber.join(work)
+      assert.deepStrictEqual(written, [(used + 1) * cluster])
+      assert.isAtLeast(turns, used / SCAN_MAX / 2)
+    }))
 
   it("does not become longer and longer for a guest that writes and discards, and never flushes", () => {
     const cluster = 0x1_0000

@@ -12,6 +12,8 @@ import { HeaderField, type Qcow2Header, REFCOUNT_TABLE_BYTES_MAX, setUint64, uin
 const CACHE_BYTES = 2 ** 21
 /** The fewest blocks that are kept. */
 const CACHE_MIN = 4
+/** The most counts that are looked at in one go; a block may have 2^24. */
+export const SCAN_MAX = 0x1_0000
 
 interface RefcountBlock {
   readonly bytes: Uint8Array<ArrayBuffer>
@@ -107,6 +109,7 @@ export class Refcounts {
     let first = -1
     let count = 0
     let cluster = this.#hint
+    let looked = 0
     // A run does not cross into another block, which may have to be made in its place.
     while (count === 0) {
       const index = Math.floor(cluster / this.#entriesPerBlock)
@@ -115,6 +118,7 @@ export class Refcounts {
       for (const end = (index + 1) * this.#entriesPerBlock; cluster < end && count < most; cluster++) {
         if (this.#get(block, cluster) !== 0) {
           if (count > 0) break
+          if (++looked % SCAN_MAX === 0) yield* Effect.yieldNow
           continue
         }
         if (this.#reserved.has(cluster)) {
@@ -125,6 +129,7 @@ export class Refcounts {
         this.#set(block, cluster, 1)
       }
     }
+    this.#hint = first
     const fresh = first >= this.#freshFrom
     const end = first + count
     yield* Effect.onError(this.#file.growTo(end * clusterSize), () =>
