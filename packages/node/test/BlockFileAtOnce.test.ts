@@ -51,7 +51,7 @@ const withAnswers = (next: (pieces: number) => Answer) =>
   )
 
 const write = (disk: BlockBackend, offset: number, bytes: Uint8Array<ArrayBuffer>, cuts: ReadonlyArray<number>) => {
-  const edges = [0, ...cuts.map((cut) => cut % (bytes.length + 1)).sort((a, b) => a - b), bytes.length]
+  const edges = [0, ...cuts.map((cut) => cut % (bytes.length + 1)).toSorted((a, b) => a - b), bytes.length]
   const pieces = edges.slice(1).map((edge, index) => bytes.subarray(edges[index], edge))
   return blockEffect((done) => disk.write(offset, pieces, done))
 }
