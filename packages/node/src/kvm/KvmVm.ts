@@ -91,7 +91,7 @@ export const makeVm = Effect.gen(function*() {
 
   const observeWakes = yield* WakeObserver
   observeWakes(wakes)
-  const messageInterrupt = yield* messageRoutes(vm, ioctl, hasVcpus)
+  const messages = yield* messageRoutes(vm, ioctl, hasVcpus)
 
   return {
     addMemory: (guestAddress, size) =>
@@ -135,7 +135,7 @@ export const makeVm = Effect.gen(function*() {
       )
       return { gsi, trigger: line.trigger } satisfies InterruptLine
     }),
-    messageInterrupt: Effect.andThen(makeControllers, messageInterrupt),
+    messageInterrupt: Effect.andThen(makeControllers, messages.make),
     createVcpu: (id) =>
       Effect.andThen(makeControllers, makeVcpu(machine, id)).pipe(
         Effect.provideService(Ffi, ffi),

@@ -88,7 +88,7 @@ const describeMessage = ({ addressHigh, addressLow, data, gsi }: Message): strin
 }
 
 /**
- * The message-signalled interrupts of a machine, each time another one; the machine has its interrupt controllers by then. A
+ * The message-signalled interrupts of a machine: `make` makes one; the machine has its interrupt controllers by then. A
  * message that the kernel refuses is logged, and nobody gets it. When the kernel does not take the others either, whoever
  * triggers an interrupt gets a defect, a `HypervisorError`.
  */
@@ -181,5 +181,5 @@ export const messageRoutes = Effect.fnUntraced(function*(
       }
     }
   })
-  return make
+  return { make }
 })

@@ -45,7 +45,7 @@ class PlayedKernel {
 interface Played {
   readonly kernel: PlayedKernel
   readonly warnings: Array<string>
-  readonly make: Effect.Success<ReturnType<typeof messageRoutes>>
+  readonly make: Effect.Success<ReturnType<typeof messageRoutes>>["make"]
 }
 
 const withRoutes = <A, E>(use: (played: Played) => Effect.Effect<A, E, Scope.Scope>) => {
@@ -64,7 +64,7 @@ const withRoutes = <A, E>(use: (played: Played) => Effect.Effect<A, E, Scope.Sco
       }
     })
     const routes = messageRoutes(VM, () => Effect.succeed(0), () => false)
-    const make = yield* Effect.provideService(routes, Ffi.Ffi, ffi)
+    const { make } = yield* Effect.provideService(routes, Ffi.Ffi, ffi)
     return yield* use({ kernel, warnings, make })
   })).pipe(Effect.provide(Layer.merge(Ffi.layerWith({ quiet: true }), Logger.layer([logger]))))
 }
