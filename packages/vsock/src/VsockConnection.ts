@@ -341,8 +341,11 @@ export class VsockConnection {
 
   // --- The host's side -----------------------------------------------------------------------------------------------------
 
-  /** Asks the guest for the connection. `decided` hears once what becomes of it. */
+  /** Asks the guest for the connection. `decided` hears once what becomes of it; at once when its driver has gone meanwhile. */
   ask(decided: Waiter<void>): void {
+    if (this.isOver) {
+      return decided(Exit.fail(this.error("connect2", "CONNECTION_REFUSED", "the guest's driver is gone")))
+    }
     this.#decided = decided
     this.#want(Control.REQUEST)
   }
@@ -370,8 +373,16 @@ export class VsockConnection {
     return isShut || this.isOver ? "ended" : "open"
   }
 
-  /** Calls `wake` once when there may be something to take, or an end. Returns what takes the wish back. */
+  /**
+   * Calls `wake` once when there may be something to take, or an end: at once when it has come since the caller looked. Returns
+   * what takes the wish back.
+   */
   awaitInput(wake: () => void): () => void {
+    const hasInput = this.type === "stream" ? this.#inbox.length > 0 : this.#inbox.messages > 0
+    if (hasInput || this.end !== "open") {
+      wake()
+      return () => {}
+    }
     this.#readers = [...this.#readers, wake]
     return () => {
       this.#readers = this.#readers.filter((reader) => reader !== wake)

@@ -205,6 +205,8 @@ export const makeVsockEndpoint = Effect.fnUntraced(function*(
   const awaitSession: Effect.Effect<VsockSession | undefined> = Effect.suspend(() => {
     if (session !== undefined || isGone) return Effect.succeed(session)
     return Effect.callback<void>((resume) => {
+      // A driver may have come since: the fiber can have been preempted in between.
+      if (session !== undefined || isGone) return resume(Effect.void)
       const wake = () => resume(Effect.void)
       sessionWaiters.push(wake)
       return Effect.sync(() => {

@@ -63,6 +63,8 @@ export interface Plan {
   readonly guest: ReadonlyArray<readonly [typeof GUEST_STEPS[number], number]>
   readonly host: ReadonlyArray<readonly [typeof HOST_STEPS[number], number]>
   readonly end: typeof ENDS[number]
+  /** The handler reads all there is beside its steps, and ends when there is no more. */
+  readonly isReader: boolean
   /** The guest never confirms the end of the connection. */
   readonly isMute: boolean
 }
@@ -98,6 +100,7 @@ export const machineScript: fc.Arbitrary<Script> = fc.record({
       guest: steps(GUEST_STEPS, ["send", "read"]),
       host: steps(HOST_STEPS, ["write", "read"]),
       end: fc.constantFrom(...ENDS),
+      isReader: fc.boolean(),
       isMute: fc.nat({ max: 7 }).map((number) => number === 7)
     }),
     { size: "max", minLength: 1, maxLength: 4 }
@@ -173,6 +176,11 @@ class Connection {
   hasPart = false
   hasShutReceive = false
   isClosed = false
+  hasShutSend = false
+  /** The handler has failed: the guest must not take what it has for all there is. */
+  isCutOff = false
+  /** The handler has ended, or its reader has. */
+  isReadNoMore = false
   readsBeside = false
   readonly writtenMessages: Array<number> = []
 
@@ -201,6 +209,8 @@ class Run {
   hostIsDone = false
   /** Whether a driver was ready. */
   isReady = false
+  /** Acceptors that decide, and handlers that serve. */
+  atWork = 0
   #turns = 0
   #restarts = 0
 
@@ -268,6 +278,7 @@ class Run {
         }
         if (connection.state === "open") {
           yield* this.#consume(cpu, vsock, connection)
+          yield* this.#awaitReader(cpu, connection)
           if (connection.plan.guest.length % 4 === 0) {
             yield* this.#shut(cpu, vsock, connection, SHUTDOWN_BOTH)
           } else {
@@ -280,7 +291,11 @@ class Run {
         }
       }
       const isOver = this.connections.every(({ state }) => state === "closed" || state === "unborn")
-      if (isOver && this.hostIsDone) return true
+      if (isOver && this.hostIsDone) {
+        yield* cpu.sleep("1 minute")
+        check(this.atWork === 0, "somebody serves a connection that is over")
+        return true
+      }
       // What has come meanwhile, while others were heard.
       if (this.connections.some((connection) => connection.state === "open" && this.#isBehind(connection))) continue
       yield* this.#arrive(cpu, vsock, yield* vsock.receive(cpu))
@@ -289,6 +304,15 @@ class Run {
 
   #isBehind({ consumed, received, shut }: Connection): boolean {
     return consumed !== received || (shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND) === 0
+  }
+
+  /** A reader of the host that waits has read all that the guest has sent, once everybody has had time. */
+  *#awaitReader(cpu: GuestCpu, connection: Connection): GuestRoutine {
+    const isRead = () => !connection.readsBeside || connection.isReadNoMore || connection.read === connection.sent
+    if (isRead()) return
+    this.note("guest waits for a reader")
+    yield* cpu.sleep("1 second")
+    check(isRead(), "a reader waits although there is something to read")
   }
 
   /** Hears all that the host has sent before this. */
@@ -437,6 +461,7 @@ class Run {
 
   /** The host sends no more: what its writers were told has come. */
   #hostEnds(connection: Connection): void {
+    check(!connection.isCutOff, "a handler that has failed has ended its data in good order")
     if ((connection.shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE) !== 0 || connection.hasPart) return
     this.note("guest hears of the end of data")
     check(connection.received === connection.delivered, "bytes of the host were lost before its orderly end")
@@ -473,14 +498,30 @@ class Run {
 
   /** A connection's handler, whoever has begun it. */
   serve(connection: Connection, socket: VsockSocket): Effect.Effect<void, Error, Scope.Scope> {
-    return Effect.gen({ self: this }, function*() {
+    return this.#working(Effect.gen({ self: this }, function*() {
       this.note(`${connection.plan.by} connects`)
-      for (const [step, amount] of connection.plan.host) yield* this.#hostStep(connection, socket, step, amount)
+      const { host, isReader } = connection.plan
+      const reader = isReader ? yield* this.#readBeside(connection, socket) : undefined
+      for (const [step, amount] of host) yield* this.#hostStep(connection, socket, step, amount)
+      if (reader !== undefined) yield* Fiber.join(reader)
+      connection.isReadNoMore = true
       if (connection.plan.end === "return") return
+      connection.isCutOff = !connection.isClosed && !connection.hasShutSend
       connection.isClosed = true
       return yield* connection.plan.end === "fail"
         ? Effect.fail(new Error("as told"))
         : Effect.die(new Error("as told"))
+    }))
+  }
+
+  /** Counts who is at work, however that ends. */
+  #working<A, E, R>(work: Effect.Effect<A, E, R>): Effect.Effect<A, E, R> {
+    return Effect.suspend(() => {
+      this.atWork++
+      return Effect.onExit(work, () =>
+        Effect.sync(() => {
+          this.atWork--
+        }))
     })
   }
 
@@ -498,10 +539,9 @@ class Run {
       case "readAll":
         return connection.readsBeside ? Effect.void : this.#readAll(connection, socket)
       case "readBeside":
-        if (connection.readsBeside) return Effect.void
-        connection.readsBeside = true
-        return Effect.asVoid(Effect.forkScoped(this.#readAll(connection, socket)))
+        return connection.readsBeside ? Effect.void : Effect.asVoid(this.#readBeside(connection, socket))
       case "shutSend":
+        connection.hasShutSend = true
         return socket.shutdown("send")
       case "shutReceive":
         connection.hasShutReceive = true
@@ -521,6 +561,8 @@ class Run {
           if (done._tag === "Some") return Effect.void
           this.note("host gives a write up")
           connection.hasPart = true
+          connection.isReadNoMore = true
+          connection.isCutOff = !connection.isClosed && !connection.hasShutSend
           connection.isClosed = true
           return Effect.fail(new Error("it took too long"))
         })
@@ -565,6 +607,16 @@ class Run {
     })
   }
 
+  #readBeside(connection: Connection, socket: VsockSocket): Effect.Effect<Fiber.Fiber<void>, never, Scope.Scope> {
+    return Effect.suspend(() => {
+      connection.readsBeside = true
+      const end = Effect.sync(() => {
+        connection.isReadNoMore = true
+      })
+      return Effect.forkScoped(Effect.andThen(this.#readAll(connection, socket), end))
+    })
+  }
+
   #readAll(connection: Connection, socket: VsockSocket): Effect.Effect<void> {
     return Effect.flatMap(
       this.#read(connection, socket),
@@ -583,7 +635,7 @@ class Run {
           case "refuse":
             return Effect.fail(new VsockRefused({ reason: "as told" }))
           case "ignore":
-            return Effect.never
+            return this.#working(Effect.never)
           case "fail":
             return Effect.die(new Error("as told"))
         }

@@ -1,5 +1,6 @@
 /** Packets of a guest, and what each leads to. */
 import { assert, describe, it } from "@effect/vitest"
+import * as Cause from "effect/Cause"
 import * as Exit from "effect/Exit"
 import * as fc from "fast-check"
 import type { VsockConnection } from "../src/VsockConnection.ts"
@@ -8,8 +9,11 @@ import {
   HEADER_SIZE,
   Op,
   SHUTDOWN_BOTH,
+  VIRTIO_VSOCK_SEQ_EOM,
   VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE,
   VIRTIO_VSOCK_SHUTDOWN_F_SEND,
+  VIRTIO_VSOCK_TYPE_SEQPACKET,
+  VIRTIO_VSOCK_TYPE_STREAM,
   VsockHeader
 } from "../src/VsockPacket.ts"
 import {
@@ -519,6 +523,40 @@ describe("A connection that the host asks for", () => {
     assert.isUndefined(decided)
     guest.send({ op: Op.RESPONSE, srcPort: 80, dstPort: EPHEMERAL_PORT_FIRST })
     assert.isTrue(decided)
+  })
+})
+
+describe("Who comes too late to be woken", () => {
+  it("hears that a connection was refused whose driver went before it was asked for", () => {
+    const guest = new SessionGuest()
+    const connection = guest.session.connect("stream", 2, undefined, 80)
+    if (typeof connection === "string") assert.fail(connection)
+    guest.session.end()
+    let error: unknown
+    connection.ask((exit) => {
+      error = Exit.isFailure(exit) ? Cause.squash(exit.cause) : undefined
+    })
+    assert.deepInclude(error, { status: "CONNECTION_REFUSED", guestPort: 80 })
+  })
+
+  it.each(["stream", "seqpacket"] as const)("finds what has come to a %s since it looked", (type) => {
+    const guest = new SessionGuest()
+    const isMessage = type === "seqpacket"
+    const kind = { type: isMessage ? VIRTIO_VSOCK_TYPE_SEQPACKET : VIRTIO_VSOCK_TYPE_STREAM }
+    const connection = guest.open(kind)
+    let woken = 0
+    const wake = () => void woken++
+    assert.isUndefined(connection.take())
+    guest.send({ ...kind, op: Op.RW, flags: isMessage ? VIRTIO_VSOCK_SEQ_EOM : 0, data: text("late") })
+    connection.awaitInput(wake)
+    assert.strictEqual(woken, 1)
+    assert.deepStrictEqual(connection.take(), text("late"))
+    const takeBack = connection.awaitInput(wake)
+    assert.strictEqual(woken, 1)
+    takeBack()
+    guest.send({ ...kind, op: Op.SHUTDOWN, flags: SHUTDOWN_BOTH })
+    connection.awaitInput(wake)
+    assert.strictEqual(woken, 2)
   })
 })
 
