@@ -189,6 +189,43 @@ describe("UserNet", () => {
     assert.deepStrictEqual(test.net.usage, { tcp: 0, udp: 0, tcpBytes: 0, lost: 0 })
   })
 
+  it("repeats its acknowledgment for each segment that comes before its turn, so that the guest finds what was lost", () => {
+    const test = new NetworkUnderTest({}, Offload.CHECKSUM | Offload.TSO4)
+    const base = { sourcePort: 40_000, destinationPort: 80, destination: REMOTE }
+    test.send(tcp({ ...base, sequence: 100, flags: SYN, options: synOptions(1460, 7) }))
+    const socket = test.sockets.tcp[0]!
+    socket.connect()
+    const acknowledgment = parseTcp(test.receive()!.bytes, true).sequence + 1
+    const segment = (sequence: number, length: number) =>
+      test.send(tcp({ ...base, sequence, acknowledgment, flags: ACK, payload: new Uint8Array(length) }))
+    const answers = () =>
+      test.receiveAll().map(({ bytes }) => parseTcp(bytes, true)).map((it) => [it.acknowledgment, it.payload.length])
+    test.send(tcp({ ...base, sequence: 101, acknowledgment, flags: ACK }))
+    segment(101, 1000)
+    const [first] = test.receiveAll().map(({ bytes }) => parseTcp(bytes, true))
+    assert.strictEqual(first!.acknowledgment, 1101)
+    // Room becomes free in between: that is no reason to say something else.
+    socket.take()
+    segment(2101, 1000)
+    segment(3101, 1000)
+    const repeated = test.receiveAll().map(({ bytes }) => parseTcp(bytes, true))
+    assert.deepStrictEqual(
+      repeated.map(({ acknowledgment, payload, window }) => [acknowledgment, payload.length, window]),
+      [[1101, 0, first!.window], [1101, 0, first!.window]]
+    )
+    // As many as the guest needs for one large segment, and no more however many there are.
+    for (let i = 0; i < 10; i++) segment(4101 + i * 6000, 6000)
+    assert.deepStrictEqual(answers(), [[1101, 0], [1101, 0], [1101, 0]])
+    // What was missing makes all of them old.
+    segment(70_000, 1000)
+    segment(1101, 1000)
+    assert.deepStrictEqual(answers(), [[64_101, 0]])
+    // They are not for the bytes of the host, which go their own way.
+    segment(80_000, 1000)
+    socket.say(text("hello"))
+    assert.deepStrictEqual(answers(), [[64_101, 0], [64_101, 5]])
+  })
+
   it("refuses what the host refuses", () => {
     const test = new NetworkUnderTest()
     test.send(tcp({ sourcePort: 1, destinationPort: 2, destination: REMOTE, sequence: 100, flags: SYN }))

@@ -5,8 +5,8 @@
  */
 import { sequenceDistance } from "./TcpHeader.ts"
 
-/** Duplicate acknowledgments that say that a segment was lost. */
-const DUPLICATES_MAX = 3
+/** Duplicate acknowledgments that say that a segment was lost: of this side's as of the guest's. */
+export const DUPLICATES_MAX = 3
 
 /** The congestion window of one connection. */
 export class Congestion {

@@ -5,7 +5,7 @@
  * bounded by windows and not by a queue of frames. Time comes in as a number of milliseconds.
  */
 import { ByteQueue } from "./ByteQueue.ts"
-import { Congestion } from "./Congestion.ts"
+import { Congestion, DUPLICATES_MAX } from "./Congestion.ts"
 import { RetransmitTimer } from "./RetransmitTimer.ts"
 import { SegmentHold } from "./SegmentHold.ts"
 import {
@@ -84,6 +84,8 @@ export class TcpConnection {
   /** Bytes given to the peer that it has not passed on. */
   #pending = 0
   #acknowledge = false
+  /** Repetitions of the last acknowledgment that are owed for segments that came before their turn. */
+  #duplicates = 0
   #paused = false
   #keepalive = false
   #heard = 0
@@ -247,12 +249,13 @@ export class TcpConnection {
   get wants(): boolean {
     if (this.#acknowledge || this.#keepalive) return true
     if (this.state === TcpState.SYN_RECEIVED || this.state === TcpState.SYN_SENT) return this.#next === this.#initial
-    return this.state === TcpState.OPEN && (this.#repeat || this.#force || this.#sendable(1) > 0 || this.#finIsNext)
+    return this.state === TcpState.OPEN &&
+      (this.#duplicates > 0 || this.#repeat || this.#force || this.#sendable(1) > 0 || this.#finIsNext)
   }
 
   /** Bytes of payload of the next segment when `payloadMax` are allowed, which may be many segments. */
   next(payloadMax: number): number {
-    if (this.state !== TcpState.OPEN) return 0
+    if (this.state !== TcpState.OPEN || this.#duplicateIsNext) return 0
     if (this.#repeat) return Math.min(payloadMax, this.#repeatable)
     let length = this.#sendable(1)
     if (this.#force) length = Math.max(length, Math.min(1, this.#sendable(0)))
@@ -272,6 +275,10 @@ export class TcpConnection {
     plan.length = 0
     plan.flags = TCP_ACK
     plan.sequence = this.#next
+    if (this.#duplicateIsNext) {
+      this.#takeDuplicate(plan)
+      return true
+    }
     if (this.state === TcpState.SYN_RECEIVED || this.state === TcpState.SYN_SENT) this.#takeSynSegment(plan, now)
     else if (this.state === TcpState.OPEN) this.#takeSegment(plan, payloadMax, now)
     this.#acknowledge = false
@@ -419,16 +426,20 @@ export class TcpConnection {
 
   #receivePayload(sequence: number, payload: Uint8Array, fin: boolean): void {
     if (payload.length === 0 && !fin) return
-    this.#acknowledge = true
     const ahead = sequenceDistance(sequence, this.#receiveNext)
     const window = sequenceDistance(this.#receiveEdge, this.#receiveNext)
     const from = Math.max(0, -ahead)
     const to = Math.min(payload.length, window - ahead)
     const whole = to === payload.length
     if (ahead > 0) {
+      // One for each (RFC 5681, section 4.2), as far as the guest counts them.
+      const segments = Math.max(1, Math.ceil(payload.length / this.#limits.mss))
+      this.#duplicates = Math.min(DUPLICATES_MAX, this.#duplicates + segments)
       this.#hold.keep(sequence, payload.subarray(0, to), fin && whole, this.#receiveNext, this.#limits.buffer)
       return
     }
+    this.#acknowledge = true
+    this.#duplicates = 0
     this.#deliver(payload.subarray(from, to))
     let end = fin && whole
     while (!end && this.#hold.take(this.#receiveNext)) {
@@ -467,6 +478,7 @@ export class TcpConnection {
     this.#queue.clear()
     this.#hold.clear()
     this.#acknowledge = false
+    this.#duplicates = 0
     this.#keepalive = false
     this.deadline = Number.POSITIVE_INFINITY
   }
@@ -524,6 +536,19 @@ export class TcpConnection {
     if (this.#keepalive && length === 0) plan.sequence = sequenceAdd(this.#unacknowledged, -1)
   }
 
+  /** Whether the next segment is no more than a repetition of the last acknowledgment, which goes before all repetitions of it. */
+  get #duplicateIsNext(): boolean {
+    return this.state === TcpState.OPEN && this.#duplicates > 0 && !this.#acknowledge
+  }
+
+  /** Repeats the last acknowledgment to the letter: with another window the guest would not count it. */
+  #takeDuplicate(plan: TcpPlan): void {
+    this.#duplicates--
+    plan.sequence = this.#highest
+    plan.acknowledgment = this.#receiveNext
+    plan.window = this.#openWindow
+  }
+
   /** Sends the first segment that is not acknowledged again. */
   #takeRepeated(plan: TcpPlan, payloadMax: number): void {
     const flight = sequenceDistance(this.#highest, this.#unacknowledged)
@@ -564,8 +589,12 @@ export class TcpConnection {
     }
     const edge = this.#windowEdge()
     if (sequenceDistance(edge, this.#receiveEdge) > 0) this.#receiveEdge = edge
-    const open = Math.max(0, sequenceDistance(this.#receiveEdge, this.#receiveNext))
-    return Math.min(0xffff, open >>> this.#scale)
+    return this.#openWindow
+  }
+
+  /** The window that was promised last, as a segment says it. */
+  get #openWindow(): number {
+    return Math.min(0xffff, Math.max(0, sequenceDistance(this.#receiveEdge, this.#receiveNext)) >>> this.#scale)
   }
 
   /** Starts the timer of repetitions when it has to run, anew with `restart`, or that of the question whether the guest is there. */
