@@ -73,7 +73,20 @@ const connectPorts = (left: NetPort, right: NetPort, lose: () => boolean) => {
   schedule()
 }
 
-let lossPercent = 0
+/** Distance of two frames that are lost, at least and on average. */
+const LOSS_DISTANCE_MIN = 25
+const LOSS_DISTANCE = 50
+/**
+ * Frames that are still to be lost, and how many pass before the next one. A few, and some way apart: the kernel waits twice as
+ * long after each repetition that is lost as well, so there is no bound on the time that losses without end can take.
+ */
+const loss = { left: 0, passing: 0 }
+const isLost = (): boolean => {
+  if (loss.left === 0 || loss.passing-- > 0) return false
+  loss.left--
+  loss.passing = LOSS_DISTANCE_MIN + Math.floor(2 * (LOSS_DISTANCE - LOSS_DISTANCE_MIN) * Math.random())
+  return true
+}
 /** Where connections go, by the port that they ask for. */
 const routes = new Map<number, number>()
 const policy: NetPolicy = ({ destination, direction }) => {
@@ -226,9 +239,11 @@ const checks: Record<string, () => Promise<string | undefined>> = {
     server.close()
   },
   "a wire that loses frames": async () => {
-    lossPercent = 2
+    // After the handshake: when that was repeated, the kernel waits three seconds before it repeats anything else.
+    Object.assign(loss, { left: 8, passing: 4 + Math.floor(16 * Math.random()) })
     await exchange(MIB)
-    lossPercent = 0
+    assert.ok(loss.left < 8)
+    loss.left = 0
   },
   "a slow reader, and a slow writer": async () => {
     const size = 4 * MIB
@@ -349,7 +364,7 @@ const program = Effect.gen(function*() {
   })
   tap.allowOffloads(tap.delivers & net.accepts)
   net.allowOffloads(net.delivers & tap.accepts)
-  connectPorts(tap, net, () => Math.random() * 100 < lossPercent)
+  connectPorts(tap, net, isLost)
   for (const [name, check] of Object.entries(checks)) {
     const said = yield* Effect.promise(check)
     console.log(`held: ${name}${said === undefined ? "" : ` (${said})`}`)
