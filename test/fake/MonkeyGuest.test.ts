@@ -1,5 +1,14 @@
 /** A guest that does anything at all to every device, from several vCPUs at once: its machine ends in a typed way. */
 import { assert, describe, it } from "@effect/vitest"
+import { SLEEP_CONTROL_S5 } from "@troupe/core/acpi/AcpiTables"
+import {
+  KEYBOARD_CONTROLLER_PORT,
+  PVPANIC_PANICKED,
+  PVPANIC_PORT,
+  RESET_PORT,
+  RESET_VALUE,
+  SLEEP_CONTROL_PORT
+} from "@troupe/core/acpi/PowerPorts"
 import { GuestLifecycle } from "@troupe/core/GuestLifecycle"
 import { FakeHypervisor, GuestAcpi, GuestProgram, Simulation } from "@troupe/core/testing"
 import { EntropySource, layer as layerDevices } from "@troupe/devices"
@@ -31,12 +40,25 @@ const place = fc.oneof(
   fc.record({ kind: fc.constant("anywhere" as const), at: fc.nat(2 ** 32) })
 )
 
+/** What ends a machine: power off, a reset by either way, a panic. */
+const end = fc.constantFrom(
+  { at: SLEEP_CONTROL_PORT, value: SLEEP_CONTROL_S5 },
+  { at: RESET_PORT, value: RESET_VALUE },
+  { at: KEYBOARD_CONTROLLER_PORT, value: 0xfe },
+  { at: PVPANIC_PORT, value: PVPANIC_PANICKED }
+).map(({ at, value }) => ({
+  kind: "write" as const,
+  place: { kind: "port" as const, at },
+  size: 1 as const,
+  value
+}))
+
 const action = fc.oneof(
-  fc.record({ kind: fc.constant("read" as const), place, size }),
-  fc.record({ kind: fc.constant("write" as const), place, size, value }),
-  fc.record({ kind: fc.constant("write" as const), place, size, value }),
-  fc.record({ kind: fc.constant("wait" as const) }),
-  fc.record({ kind: fc.constant("pass" as const) })
+  { weight: 20, arbitrary: fc.record({ kind: fc.constant("read" as const), place, size }) },
+  { weight: 40, arbitrary: fc.record({ kind: fc.constant("write" as const), place, size, value }) },
+  { weight: 20, arbitrary: fc.record({ kind: fc.constant("wait" as const) }) },
+  { weight: 20, arbitrary: fc.record({ kind: fc.constant("pass" as const) }) },
+  { weight: 3, arbitrary: end }
 )
 
 type Action = typeof action extends fc.Arbitrary<infer A> ? A : never
@@ -125,8 +147,7 @@ describe("a monkey at the keyboard", () => {
       ),
       { numRuns: 300 }
     )
-    // Most monkeys come to the end of what they do, and some end their machine.
-    assert.isAbove(ends.get("Halt") ?? 0, 0)
-    assert.isAtLeast(ends.size, 2)
+    // Most monkeys come to the end of what they do, and some end their machine, in every way.
+    for (const one of ["Halt", "PowerOff", "Reset", "VCPU_RUNTIME_FAILURE"]) assert.isAbove(ends.get(one) ?? 0, 0, one)
   })
 })
