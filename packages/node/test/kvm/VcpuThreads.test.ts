@@ -79,6 +79,7 @@ describe("VcpuThreads", () => {
       yield* Effect.scoped(Effect.flatMap(VcpuThreads.VcpuThreads, ({ acquire }) => acquire)).pipe(
         Effect.provide(layer({ warm: 2 }))
       )
-      assert.isAtMost(tasks(), before)
+      // A thread that has been joined may still be on its way out of the kernel's list.
+      yield* Effect.repeat(Effect.sleep("1 millis"), { until: () => tasks() <= before })
     }))
 })

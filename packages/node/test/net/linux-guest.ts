@@ -139,7 +139,7 @@ const exchange = async (size: number): Promise<number> => {
 /** Runs a program while frames go back and forth. */
 const run = (program: string, args: ReadonlyArray<string>) =>
   new Promise<string>((resolve, reject) =>
-    execFile(program, args, { timeout: 10_000 }, (error, stdout, stderr) => {
+    execFile(program, args, { timeout: 30_000 }, (error, stdout, stderr) => {
       if (error === null) resolve(stdout)
       else reject(new Error(`${error.message}\n${stdout}\n${stderr}`))
     })

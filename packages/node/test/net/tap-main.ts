@@ -298,7 +298,7 @@ const wire = (software: boolean) =>
         const child = spawn(process.execPath, ["-e", client], { stdio: ["ignore", "pipe", "inherit"] })
         let text = ""
         child.stdout.on("data", (chunk) => (text += chunk))
-        const timer = setTimeout(() => child.kill(), 20_000)
+        const timer = setTimeout(() => child.kill(), 40_000)
         await once(child, "close")
         clearTimeout(timer)
         return text
