@@ -117,8 +117,9 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("the small guest"), () => {
 
     it.effect("takes timer interrupts", () =>
       Effect.gen(function*() {
-        const { lines } = yield* runGuest(config("timer pit"))
+        const { lines } = yield* runGuest(config("timer timer=late pit"))
         assert.include(lines, "timer 10 ticks")
+        assert.include(lines, "timer 10 late ticks cut 0 waits")
         assert.include(lines, "pit 10 ticks")
       }))
 

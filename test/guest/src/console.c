@@ -2,7 +2,7 @@
 #include "guest.h"
 
 #define SERIAL_IRQ 4
-#define TRANSMIT_MS 5000
+#define TRANSMIT_MS 30000
 #define LINE_MAX 1024
 #define RING 256 /* a power of two: indices are free-running u8 */
 

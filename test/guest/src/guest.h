@@ -208,6 +208,7 @@ void wait_end(void);
 /* What is left of the time, in nanoseconds: a clock on every hypervisor, as long as the wait lasts. */
 u64 wait_left_ns(void);
 void timer_ticks(void);
+void timer_late(void);
 void pit_ticks(void);
 
 /* ---- the actions ------------------------------------------------------------------------------------------------ */

@@ -3,7 +3,7 @@
 
 #define QUEUE_SIZE 8
 #define DATA_SIZE 4096
-#define VERDICT_MS 5000
+#define VERDICT_MS 30000
 #define STORM_KICKS 20000
 #define RANDOM_WRITES 2000
 #define RESETS 64

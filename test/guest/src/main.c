@@ -102,6 +102,8 @@ static bool doing(struct state *state, const char *word) {
     smp_start();
   else if (str_equal(word, "timer"))
     timer_ticks();
+  else if (str_equal(word, "timer=late"))
+    timer_late();
   else if (str_equal(word, "pit"))
     pit_ticks();
   else if (str_equal(word, "serial-tx"))

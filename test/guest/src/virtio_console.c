@@ -16,7 +16,7 @@ enum { CONTROL_RX = 2, CONTROL_TX = 3 };
 #define BUFFERS 4
 #define BUFFER_SIZE 512
 #define NAME_MAX 64
-#define IDLE_MS 20000
+#define IDLE_MS 60000
 
 struct control {
   u32 id;

@@ -19,7 +19,7 @@
 #define QUEUE_MAX 256
 #define BUFFER 2048u
 #define HEADER 12u
-#define ECHO_LIMIT_MS 20000
+#define ECHO_LIMIT_MS 60000
 #define BENCH_LIMIT_MS 60000
 #define FRAME_MAX 65535u
 #define USER_DEPTH 8 /* from so many frames on it pays to go to CPL 3 and back for a batch */
