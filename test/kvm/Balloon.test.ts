@@ -2,7 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { GuestLifecycle } from "@troupe/core"
 import { fromPath, KvmGuestLifecycle } from "@troupe/node"
-import { Effect, Stream } from "effect"
+import { Effect, Exit, Stream } from "effect"
 import { fileURLToPath } from "node:url"
 import { kvmObstacle, onKvm, residentBytesIn } from "./support.ts"
 
@@ -56,8 +56,12 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
               yield* printed("balloon reported")
               yield* balloon.requestNumPages(0)
             })
-            const [stop] = yield* Effect.all([lifecycle.run, host], { concurrency: "unbounded" })
-            assert.deepStrictEqual(stop, { _tag: "PowerOff" })
+            // Both: when one of them ends too early, the other's end does not say why.
+            const [stop, hosted] = yield* Effect.all([Effect.exit(lifecycle.run), Effect.exit(host)], {
+              concurrency: "unbounded"
+            })
+            assert.deepStrictEqual(stop, Exit.succeed({ _tag: "PowerOff" }), serial.log().join("\n"))
+            assert.deepStrictEqual(hosted, Exit.void, serial.log().join("\n"))
             assert.deepStrictEqual(
               serial.log().map((line) => line.replace("troupe-guest: balloon ", "")).slice(2, -1),
               [

@@ -2,7 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { GuestLifecycle } from "@troupe/core"
 import { fromPath, KvmGuestLifecycle } from "@troupe/node"
-import { Effect, Fiber, Stream } from "effect"
+import { Effect, Exit, Fiber, Option, Stream } from "effect"
 import { fileURLToPath } from "node:url"
 import { kvmObstacle, onKvm } from "./support.ts"
 
@@ -60,16 +60,19 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
             yield* console.write(text("quit"))
             return yield* Fiber.join(reader)
           })
-          const [stop, echoed] = yield* Effect.all([lifecycle.run, host], { concurrency: "unbounded" })
-          assert.deepStrictEqual(stop, { _tag: "PowerOff" })
+          // Both: when one of them ends too early, the other's end does not say why.
+          const [run, echoed] = yield* Effect.all([Effect.exit(lifecycle.run), Effect.exit(host)], {
+            concurrency: "unbounded"
+          })
+          assert.deepStrictEqual(run, Exit.succeed({ _tag: "PowerOff" }), serial.log().join("\n"))
           assert.deepStrictEqual(
-            echoed._tag === "Some" && [...echoed.value],
-            [...text("!"), ...sent, ...text("quit")]
+            echoed,
+            Exit.succeed(Option.some(Uint8Array.of(...text("!"), ...sent, ...text("quit"))))
           )
           const [first, second, echo, ok] = lines(serial.log())
           assert.deepStrictEqual([first, second, ok], ["size 80 by 25", "size 132 by 43", "ok"])
           assert.match(echo ?? "", /^echoed 5004 bytes in \d+ chains/)
-        }), 30_000)
+        }), 60_000)
 
       it.effect("has further ports by their names, each with its own bytes", () =>
         Effect.gen(function*() {
@@ -106,8 +109,11 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
             )
             yield* console.write(text("quit"))
           })
-          const [stop] = yield* Effect.all([lifecycle.run, host], { concurrency: "unbounded" })
-          assert.deepStrictEqual(stop, { _tag: "PowerOff" })
+          const [stop, hosted] = yield* Effect.all([Effect.exit(lifecycle.run), Effect.exit(host)], {
+            concurrency: "unbounded"
+          })
+          assert.deepStrictEqual(stop, Exit.succeed({ _tag: "PowerOff" }), serial.log().join("\n"))
+          assert.deepStrictEqual(hosted, Exit.void, serial.log().join("\n"))
           const log = lines(serial.log())
           for (
             const line of [
@@ -123,7 +129,7 @@ describe.skipIf(kvmObstacle !== undefined).each(["mmio", "pci"] as const)(
               "ok"
             ]
           ) assert.include(log, line)
-        }), 30_000)
+        }), 60_000)
     })
   }
 )

@@ -114,7 +114,7 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("PCI on KVM"), () => {
           assert.deepStrictEqual(yield* Fiber.join(run), { _tag: "PowerOff" })
         })
       ),
-    30_000
+    60_000
   )
 
   it.live(
@@ -144,6 +144,6 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("PCI on KVM"), () => {
           assert.strictEqual((yield* Fiber.await(run))._tag, "Failure")
         })
       ),
-    30_000
+    60_000
   )
 })

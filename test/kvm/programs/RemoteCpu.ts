@@ -17,7 +17,7 @@ import {
 } from "@troupe/core/testing/GuestCpu"
 import { makeElfKernel } from "@troupe/core/testing/KernelImages"
 import { Effect } from "effect"
-import { setImmediate } from "node:timers"
+import { setImmediate, setTimeout } from "node:timers"
 
 const CODE = 0x20_0000
 const HANDLERS = 0x20_1000
@@ -29,6 +29,8 @@ const MAILBOX = 0x20_5000
 const COUNTS = 0x20_5400
 const END = 0x20_6000
 const VECTORS = 256
+/** Turns of the event loop for which an operation is looked at without a pause. With a processor of its own, a vCPU needs fewer. */
+const BUSY_TURNS = 100
 /** The flat code segment of the boot protocol. */
 const CODE_SELECTOR = 0x10
 const INTERRUPT_GATE = 0x8e
@@ -125,6 +127,8 @@ export class RemoteMachine {
   }
 
   readonly #taken = new Map<number, number>()
+  /** Operations begun so far. */
+  #begun = 0
 
   get #mailbox(): Int32Array<ArrayBuffer> {
     const region = this.memory.regionOf(MAILBOX, 16)
@@ -145,6 +149,7 @@ export class RemoteMachine {
 
   #operation(what: number, address: number, value: number): GuestOperation<number> {
     const begin = () => {
+      this.#begun++
       const mailbox = this.#mailbox
       mailbox[1] = address | 0
       mailbox[2] = value | 0
@@ -226,16 +231,23 @@ export class RemoteMachine {
     yield* this.cpu.out8(SLEEP_CONTROL_PORT, SLEEP_CONTROL_S5)
   }
 
-  /** Runs guest code to its end, one operation in each turn of the event loop. */
+  /** Runs guest code to its end, one operation in each turn of the event loop. What waits for long leaves the vCPU the processor. */
   readonly run = <A>(routine: GuestRoutine<A>): Effect.Effect<A> =>
     Effect.callback((resume) => {
       let stopped = false
+      let begun = 0
+      let turns = 0
       const step = () => {
         if (stopped) return
         try {
           const next = routine.next(undefined)
           if (next.done === true) resume(Effect.succeed(next.value))
-          else setImmediate(step)
+          else {
+            turns = begun === this.#begun ? turns + 1 : 0
+            begun = this.#begun
+            if (turns < BUSY_TURNS) setImmediate(step)
+            else setTimeout(step, 1)
+          }
         } catch (defect) {
           resume(Effect.die(defect))
         }
