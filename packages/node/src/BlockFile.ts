@@ -33,13 +33,10 @@ import {
   RWF_NOWAIT
 } from "./internal/ForeignFunctions.ts"
 import { loadForeignFunctions } from "./internal/loadForeignFunctions.ts"
+import { Vectors, VECTORS_MAX } from "./internal/Vectors.ts"
 
 /** What is more bytes than this goes to the thread pool even when the kernel has them in memory: copying them takes long. */
 const AT_ONCE_MAX = 0x4_0000
-/** What is in more pieces than this goes to the thread pool. The kernel takes 1024. */
-const VECTORS_MAX = 256
-/** Size of `struct iovec` in 32-bit words: address, length. */
-const VECTOR_WORDS = 4
 /** Zeros are written out of a buffer of this size where the file system cannot make them. */
 const ZEROS_SIZE = 0x10_0000
 /**
@@ -83,56 +80,13 @@ const loadFunctions = (): ForeignFunctions | undefined => {
   return undefined
 }
 
-/** Addresses of buffers. Guest memory has few of them, and they are asked for again and again. */
-class Vectors {
-  readonly #functions: ForeignFunctions
-  readonly #words = new Uint32Array(new ArrayBuffer(VECTORS_MAX * VECTOR_WORDS * 4))
-  readonly #addresses = new WeakMap<ArrayBuffer, number>()
-  #lastBuffer: ArrayBuffer | undefined
-  #lastAddress = 0
-  readonly address: bigint
-
-  constructor(functions: ForeignFunctions) {
-    this.#functions = functions
-    this.address = functions.addressOf(new Uint8Array(this.#words.buffer))
-  }
-
-  /** Describes the buffers to the kernel. */
-  set(buffers: ReadonlyArray<BlockBytes>): void {
-    const words = this.#words
-    for (let i = 0; i < buffers.length; i++) {
-      const view = buffers[i]
-      if (view === undefined) continue
-      const address = this.#addressOf(view.buffer) + view.byteOffset
-      const at = i * VECTOR_WORDS
-      words[at] = address % 2 ** 32
-      words[at + 1] = address / 2 ** 32
-      words[at + 2] = view.length % 2 ** 32
-      words[at + 3] = view.length / 2 ** 32
-    }
-  }
-
-  #addressOf(buffer: ArrayBuffer): number {
-    if (buffer === this.#lastBuffer) return this.#lastAddress
-    let address = this.#addresses.get(buffer)
-    if (address === undefined) {
-      // Addresses of user space have 47 bits, or 56, and are multiples of what makes them exact as numbers.
-      address = Number(this.#functions.addressOf(new Uint8Array(buffer)))
-      this.#addresses.set(buffer, address)
-    }
-    this.#lastBuffer = buffer
-    this.#lastAddress = address
-    return address
-  }
-}
-
 const lengthOf = (buffers: ReadonlyArray<BlockBytes>): number => {
   let length = 0
   for (let i = 0; i < buffers.length; i++) length += buffers[i]?.length ?? 0
   return length
 }
 
-/** Whether the buffers, together so long, take so little time that the event loop may wait for it. */
+/** Whether the buffers, together so long, are few enough bytes, and few enough pieces, for the event loop. */
 const isQuick = (buffers: ReadonlyArray<BlockBytes>, length: number): boolean =>
   length > 0 && length <= AT_ONCE_MAX && buffers.length <= VECTORS_MAX
 
