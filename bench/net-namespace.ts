@@ -1,7 +1,8 @@
 // One run of the small guest on a TAP interface, under Troupe or under QEMU, in a network namespace that this process is root of.
 // Arguments: `troupe` or `qemu`, the guest's words, what the host does meanwhile (`ask`, `flood` or nothing) and a number for that.
-// Prints the guest's lines and the host's round trips as one object of JSON.
+// Prints the guest's lines, the host's round trips and the VMM's processor time as one object of JSON.
 import { execFileSync, spawn } from "node:child_process"
+import { readdirSync, readFileSync } from "node:fs"
 import { join } from "node:path"
 import { createInterface } from "node:readline"
 import { fileURLToPath } from "node:url"
@@ -60,15 +61,27 @@ const programs: Readonly<Record<string, string>> = {
     s.bind(0, "10.1.0.1", more)`
 }
 
+/** Nanoseconds for which threads of a process have run: its first one, and all together. */
+const processorTime = (pid: number): { readonly first: number; readonly all: number } => {
+  const ran = (thread: string) => Number(readFileSync(`/proc/${pid}/task/${thread}/schedstat`, "utf8").split(" ")[0])
+  return {
+    first: ran(String(pid)),
+    all: readdirSync(`/proc/${pid}/task`).reduce((sum, thread) => sum + ran(thread), 0)
+  }
+}
+
 const [command = "", ...args] = commands[machine === "qemu" ? "qemu" : "troupe"]
 const vmm = spawn(command, args, { stdio: ["ignore", "pipe", "inherit"] })
 const lines: Array<string> = []
 let trips: ReadonlyArray<number> = []
+/** At the end of each of the guest's measurements. */
+const times: Array<ReturnType<typeof processorTime>> = []
 let host: ReturnType<typeof spawn> | undefined
 const hostDone = new Promise<void>((resolve) => {
   createInterface({ input: vmm.stdout }).on("line", (text) => {
     const line = text.trim().replace("troupe-guest: ", "")
     lines.push(line)
+    if (line.startsWith("net bench") && vmm.pid !== undefined) times.push(processorTime(vmm.pid))
     const program = programs[task]
     if (line !== "net ready" || program === undefined || host !== undefined) return
     const child = spawn(process.execPath, ["-e", program, number], { stdio: ["ignore", "pipe", "inherit"] })
@@ -82,4 +95,8 @@ const hostDone = new Promise<void>((resolve) => {
 await new Promise((resolve) => vmm.on("close", resolve))
 if (task === "flood") host?.kill()
 await hostDone
-process.stdout.write(`${JSON.stringify({ lines, trips })}\n`)
+const [warm, end] = times.slice(-2)
+const used = warm === undefined || end === undefined
+  ? undefined
+  : { first: end.first - warm.first, all: end.all - warm.all }
+process.stdout.write(`${JSON.stringify({ lines, trips, used })}\n`)

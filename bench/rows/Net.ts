@@ -17,6 +17,8 @@ const DATAGRAM = 1400
 interface Run {
   readonly numbers: Readonly<Record<string, number>>
   readonly trips: ReadonlyArray<number>
+  /** Nanoseconds of processor time in the measurement: of the VMM's first thread, and of all with the guest's. */
+  readonly used?: { readonly first: number; readonly all: number }
 }
 
 const checkMeans = (): void => {
@@ -30,7 +32,7 @@ const run = (machine: "troupe" | "qemu", words: string, task: string, number: nu
     const args = ["-rn", process.execPath, PROGRAM, machine, words, task, String(number)]
     execFile("unshare", args, { timeout: 120_000, maxBuffer: 2 ** 24 }, (error, stdout, stderr) => {
       if (error !== null) return reject(new BenchError(`${machine}: ${error.message}\n${stderr}`))
-      const { lines, trips }: { lines: ReadonlyArray<string>; trips: ReadonlyArray<number> } = JSON.parse(stdout)
+      const { lines, ...result }: Omit<Run, "numbers"> & { lines: ReadonlyArray<string> } = JSON.parse(stdout)
       if (lines.findLast((line) => line.startsWith("net ")) !== "net ok") {
         return reject(new BenchError(`${machine}: the guest failed: ${lines.join(" / ")}`))
       }
@@ -39,7 +41,7 @@ const run = (machine: "troupe" | "qemu", words: string, task: string, number: nu
       const numbers = Object.fromEntries(
         Array.from(line.matchAll(/(\w+)=(\d+)/g), ([, name = "", value]) => [name, Number(value)])
       )
-      resolve({ numbers, trips })
+      resolve({ ...result, numbers })
     })
   })
 
@@ -73,6 +75,8 @@ const measure = async (effort: Effort, measurement: Measurement): Promise<Row> =
   const ratio = value / anchorValue
   const perFrame = (runs: ReadonlyArray<Run>, what: string) =>
     Number(median(runs.map((run) => of(run, what) / of(run, "n"))).toPrecision(2))
+  const microseconds = (runs: ReadonlyArray<Run>, which: "first" | "all") =>
+    Number((median(runs.map((run) => (run.used?.[which] ?? Number.NaN) / of(run, "n"))) / 1000).toPrecision(3))
   return {
     name,
     value,
@@ -89,7 +93,11 @@ const measure = async (effort: Effort, measurement: Measurement): Promise<Row> =
         "notifications for a frame": perFrame(ours, "kicks"),
         "interrupts for a frame": perFrame(ours, "interrupts"),
         "anchor's notifications": perFrame(theirs, "kicks"),
-        "anchor's interrupts": perFrame(theirs, "interrupts")
+        "anchor's interrupts": perFrame(theirs, "interrupts"),
+        "us of the main thread for a frame": microseconds(ours, "first"),
+        "us of all threads for a frame, the guest's too": microseconds(ours, "all"),
+        "anchor's us of the main thread": microseconds(theirs, "first"),
+        "anchor's us of all threads": microseconds(theirs, "all")
       })
     }
   }
@@ -125,21 +133,21 @@ export const receive = (effort: Effort): Promise<Row> =>
   measure(effort, {
     name: "net-receive",
     unit: "frames/s",
-    words: `ip=10.1.0.2 net=sink,20000 net=sink,${effort.quick ? 20_000 : 100_000}`,
+    words: `ip=10.1.0.2 net=sink,60000 net=sink,${effort.quick ? 60_000 : 300_000}`,
     valueOf: framesPerSecond,
     task: "flood",
     number: DATAGRAM
   })
 
-/** A datagram to the guest and back, one after the other; the first half is for the code to become warm. */
+/** A datagram to the guest and back, one after the other; all but the last quarter is for the code to become warm. */
 export const roundTrip = (effort: Effort): Promise<Row> => {
-  const trips = effort.quick ? 3000 : 6000
+  const trips = effort.quick ? 4000 : 12_000
   return measure(effort, {
     name: "net-rtt",
     unit: "us",
     less: true,
     words: `ip=10.1.0.2 net=echo,${trips}`,
-    valueOf: (run) => median(run.trips.slice(run.trips.length / 2)),
+    valueOf: (run) => median(run.trips.slice(run.trips.length * 0.75)),
     task: "ask",
     number: trips
   })
