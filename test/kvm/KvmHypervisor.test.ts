@@ -7,6 +7,7 @@ import { cpuidFeature, HiddenCpuid } from "@troupe/node/kvm/Cpuid"
 import { type ExitCounts, ExitObserver } from "@troupe/node/kvm/ExitCounts"
 import * as KvmHypervisor from "@troupe/node/kvm/KvmHypervisor"
 import { VcpuThreads } from "@troupe/node/kvm/VcpuThreads"
+import { type WakeCounts, WakeObserver } from "@troupe/node/kvm/WakeCounts"
 import { Cause, Effect, Exit, Fiber, Layer } from "effect"
 import { kvmObstacle, onKvm } from "./support.ts"
 import {
@@ -439,6 +440,7 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
 
     it.effect("gives every vCPU its identity, hides what the host hides, and counts exits", () => {
       const seen: Array<() => ExitCounts> = []
+      const woken: Array<WakeCounts> = []
       return Effect.gen(function*() {
         const machine = yield* tinyMachine({
           state: flatMode,
@@ -454,11 +456,15 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor"), () => {
         assert.strictEqual(machine.memory.view.getUint32(0x3000, true) & cx16.ecx, 0)
         assert.strictEqual(machine.memory.view.getUint32(0x3004, true) >>> 24, 0)
         assert.deepInclude(seen[0]?.(), { exits: 5, posted: 3, shadowed: 0, calls: 1, unclaimed: 1 })
+        assert.strictEqual(woken.length, 1)
+        assert.strictEqual(woken[0]?.doorbells, 0)
+        assert.isAtLeast(woken[0]?.messages ?? 0, 1)
       }).pipe(
         Effect.provide(
           Layer.fresh(KvmHypervisor.layer).pipe(
             Layer.provide(Layer.succeed(HiddenCpuid, [cpuidFeature.cx16])),
-            Layer.provide(Layer.succeed(ExitObserver, (_vcpu, counts) => seen.push(counts)))
+            Layer.provide(Layer.succeed(ExitObserver, (_vcpu, counts) => seen.push(counts))),
+            Layer.provide(Layer.succeed(WakeObserver, (counts) => woken.push(counts)))
           )
         )
       )

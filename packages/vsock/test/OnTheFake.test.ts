@@ -165,6 +165,52 @@ describe("The last words of a guest", () => {
     }).pipe(Effect.provide(layerHost)))
 })
 
+describe("A greedy connection", () => {
+  it.effect("has others wait for what the guest's queue holds and one packet of each", () =>
+    Effect.gen(function*() {
+      const MODEST = 8
+      const PACKETS = 50
+      const BUFFERS = 8
+      let worst = 0
+      let greedyPackets = 0
+      const program = guestOf(function*(cpu, vsock) {
+        const credit = { bufAlloc: 2 ** 31 }
+        for (let port = 0; port <= MODEST; port++) {
+          yield* vsock.send(cpu, { ...credit, op: 1, srcPort: 1000 + port, dstPort: port === 0 ? 7 : 8 })
+        }
+        const since = new Map<number, number>()
+        const counts = new Map<number, number>()
+        while (counts.size < MODEST || Math.min(...counts.values()) < PACKETS) {
+          const { dstPort, op } = yield* vsock.receive(cpu)
+          if (op !== 5) continue
+          if (dstPort === 1000) greedyPackets++
+          for (const [port, count] of since) {
+            if (port !== dstPort) since.set(port, count + 1)
+          }
+          const waited = since.get(dstPort)
+          if (dstPort === 1000) continue
+          const count = (counts.get(dstPort) ?? 0) + 1
+          counts.set(dstPort, count)
+          if (count === PACKETS) since.delete(dstPort)
+          else since.set(dstPort, 0)
+          worst = Math.max(worst, waited ?? 0)
+        }
+      })
+      yield* run(program, () => Effect.void, [
+        { port: 7, acceptor: () => Effect.succeed((socket) => socket.write(new Uint8Array(16 * 2 ** 20))) },
+        {
+          port: 8,
+          acceptor: () =>
+            Effect.succeed((socket) =>
+              Effect.andThen(Effect.replicateEffect(socket.write(bytesOf(1, 0)), PACKETS), Effect.never)
+            )
+        }
+      ])
+      assert.isAtLeast(greedyPackets, PACKETS)
+      assert.isAtMost(worst, BUFFERS + MODEST)
+    }))
+})
+
 describe("The fibers of a machine", () => {
   it.effect("are as many after its connections as before, however those ended", () => {
     let alive = 0
