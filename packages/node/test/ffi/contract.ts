@@ -381,6 +381,41 @@ export const contract: ReadonlyArray<Check> = [
     }
   },
   {
+    // A function that is called often is compiled, and may then reach C by another way, with other checks of its arguments.
+    name: "what is called thousands of times gives the same results as at first",
+    run: (c) => {
+      const fd = ok(c.eventfd(0, EFD_NONBLOCK))
+      const value = new BigUint64Array(new ArrayBuffer(8))
+      const vectors = new BigUint64Array(new ArrayBuffer(16))
+      vectors.set([c.addressOf(value), 8n])
+      const address = c.addressOf(vectors)
+      const fine = [0, -ErrnoNumber.EBADF, -ErrnoNumber.EBADF, -ErrnoNumber.EBADF, -ErrnoNumber.EBADF, 8, 8, 1]
+      const call = (): ReadonlyArray<number> => {
+        const results = [
+          c.eventfdWrite(fd),
+          c.eventfdWrite(-1),
+          c.ioctlNumber(-1, 0xffff_ffff, 0n),
+          // No process has so many.
+          c.readv(0x7fff_ffff, address, 1),
+          c.writev(5_000_000, address, 1),
+          c.readv(fd, address, 1)
+        ]
+        assert.equal(value[0], 1n)
+        results.push(c.writev(fd, address, 1), c.eventfdRead(fd))
+        return results
+      }
+      for (let i = 0; i < 20_000; i++) {
+        const results = call()
+        if (results.some((result, index) => result !== fine[index])) assert.deepEqual(results, fine, `call ${i}`)
+      }
+      assert.equal(c.readv(fd, address, 1), -ErrnoNumber.EAGAIN)
+      assert.equal(c.readv(fd, address, 5000), -ErrnoNumber.EINVAL)
+      // Until here it must not be collected.
+      assert.equal(vectors[1], 8n)
+      assert.equal(c.close(fd), 0)
+    }
+  },
+  {
     name: "poll calls back while a descriptor is ready, and never after close",
     run: (c) =>
       withEventfdAsync(c, async (fd) => {
