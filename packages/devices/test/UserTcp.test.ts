@@ -11,6 +11,12 @@ const REMOTE = 0xc000_0201
 const BUFFER = 0x4000
 /** What may come after a socket was told to pause. */
 const SLACK = 0x2000
+/** Steps of a journey that is taken to have no end; the longest take a third of that. */
+const STEPS_MAX = 50_000
+/** The most bytes of a direction: much more than wait at once; fewer where segments are small, of which there are many then. */
+const BYTES_MAX = 60_000
+const SMALL_MSS = 100
+const SMALL_BYTES_MAX = 20_000
 
 /** What happens on the way, out of one seed. */
 const makeChance = (seed: number) => {
@@ -78,8 +84,9 @@ class Way<A> {
 const travel = (journey: Journey) => {
   const chance = makeChance(journey.seed)
   const test = new NetworkUnderTest({ tcpBuffer: BUFFER }, journey.offloads)
-  const up = pattern(journey.up, 1)
-  const down = pattern(journey.down, 2)
+  const most = journey.mss === SMALL_MSS ? SMALL_BYTES_MAX : BYTES_MAX
+  const up = pattern(journey.up % (most + 1), 1)
+  const down = pattern(journey.down % (most + 1), 2)
   const guest = new ReferenceTcp({
     port: 40_000,
     remote: REMOTE,
@@ -101,7 +108,9 @@ const travel = (journey: Journey) => {
   const isOver = () => guest.done && guest.ended && test.net.usage.tcp === 0
 
   while (!isOver()) {
-    if (++steps > 20_000) throw new Error(`it does not end: ${guest.state}, ${guest.received.length} of ${down.length}`)
+    if (++steps > STEPS_MAX) {
+      throw new Error(`it does not end: ${guest.state}, ${guest.received.length} of ${down.length}`)
+    }
     // A late copy of the last acknowledgment finds nothing any more, and is told so.
     if (!(guest.done && guest.ended)) assert.notStrictEqual(guest.state, "reset")
     socket ??= test.sockets.tcp[0]
@@ -155,12 +164,12 @@ const travel = (journey: Journey) => {
 
 const journeys = fc.record<Journey>({
   seed: fc.integer({ min: 1, max: 0x7fff_ffff }),
-  up: fc.integer({ min: 0, max: 60_000 }),
-  down: fc.integer({ min: 0, max: 60_000 }),
+  up: fc.integer({ min: 0, max: BYTES_MAX }),
+  down: fc.integer({ min: 0, max: BYTES_MAX }),
   loss: fc.constantFrom(0, 0, 3, 10),
   twice: fc.constantFrom(0, 10, 30),
   delay: fc.constantFrom(0, 1, 30),
-  mss: fc.constantFrom(0, 100, 536, 1460, 9000),
+  mss: fc.constantFrom(0, SMALL_MSS, 536, 1460, 9000),
   scale: fc.constantFrom(-1, 0, 7),
   room: fc.constantFrom(1000, 5000, 65_535, 200_000),
   offloads: fc.constantFrom(0, Offload.CHECKSUM, Offload.CHECKSUM | Offload.TSO4),
