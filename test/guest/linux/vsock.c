@@ -24,6 +24,7 @@ typedef long i64;
 #define SYS_SHUTDOWN 48
 #define SYS_BIND 49
 #define SYS_LISTEN 50
+#define SYS_SETSOCKOPT 54
 #define SYS_EXIT 60
 
 #define AF_VSOCK 40
@@ -31,6 +32,9 @@ typedef long i64;
 #define SOCK_SEQPACKET 5
 #define SHUT_WR 1
 #define CID_ANY 0xffffffffu
+/* struct timeval: how long connect waits. Two seconds unless said otherwise, which a busy host may need for an answer. */
+#define SO_VM_SOCKETS_CONNECT_TIMEOUT 6
+#define CONNECT_SECONDS 600
 
 /* The pattern repeats after this. */
 #define PERIOD 0x10000u
@@ -45,6 +49,17 @@ struct sockaddr_vm {
 static i64 call(i64 number, i64 a, i64 b, i64 c) {
   i64 result;
   asm volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
+  return result;
+}
+
+static i64 call5(i64 number, i64 a, i64 b, i64 c, i64 d, i64 e) {
+  i64 result;
+  register i64 r10 asm("r10") = d;
+  register i64 r8 asm("r8") = e;
+  asm volatile("syscall"
+               : "=a"(result)
+               : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
+               : "rcx", "r11", "memory");
   return result;
 }
 
@@ -90,7 +105,10 @@ static i64 connect(u32 type, u32 cid, u32 port) {
   struct sockaddr_vm address = {.family = AF_VSOCK, .port = port, .cid = cid};
   i64 fd = call(SYS_SOCKET, AF_VSOCK, type, 0);
   if (fd < 0) die("socket", fd);
-  i64 error = call(SYS_CONNECT, fd, (i64)&address, sizeof address);
+  i64 patience[2] = {CONNECT_SECONDS, 0};
+  i64 error = call5(SYS_SETSOCKOPT, fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, (i64)patience, sizeof patience);
+  if (error < 0) die("setsockopt", error);
+  error = call(SYS_CONNECT, fd, (i64)&address, sizeof address);
   if (error < 0) die("connect", error);
   return fd;
 }

@@ -215,7 +215,10 @@ const main = Effect.gen(function*() {
     Effect.gen(function*() {
       yield* linux.run("mkdir -p /tmp/root && tar xf /dev/vdb -C /tmp/root")
       const socat = "chroot /tmp/root /usr/bin/socat -t 30"
-      assert.strictEqual(yield* linux.run(`echo from socat | ${socat} - VSOCK-CONNECT:${HOST}:${ECHO}`), "from socat")
+      assert.strictEqual(
+        yield* linux.run(`echo from socat | ${socat} - VSOCK-CONNECT:${HOST}:${ECHO},retry=20`),
+        "from socat"
+      )
       yield* start(`${socat} VSOCK-LISTEN:${SOCAT_PORT} PIPE`, "/tmp/socat")
       const connected = endpoint.connect2(SOCAT_PORT).pipe(
         Effect.retry(Schedule.spaced("500 millis").pipe(Schedule.upTo({ times: 240 })))
