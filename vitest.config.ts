@@ -22,7 +22,8 @@ export default defineConfig({
           // The tiers run one after the other: real machines do not compete with thousands of simulated ones.
           sequence: { groupOrder: 1 },
           maxWorkers: "100%",
-          testTimeout: 60_000
+          testTimeout: 60_000,
+          hookTimeout: 60_000
         }
       },
       {
@@ -33,7 +34,8 @@ export default defineConfig({
           setupFiles,
           sequence: { groupOrder: 2 },
           maxWorkers: 1,
-          testTimeout: 60_000
+          testTimeout: 60_000,
+          hookTimeout: 60_000
         }
       },
       {
