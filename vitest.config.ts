@@ -9,6 +9,9 @@ const setupFiles = ["./scripts/property-setup.ts"]
 // `node:ffi` is still marked experimental and says so once a process.
 const execArgv = ["--disable-warning=ExperimentalWarning"]
 
+/** Milliseconds for a test or hook that says nothing else. Limits are there for what hangs, not for what is slow. */
+const LIMIT = 180_000
+
 export default defineConfig({
   test: {
     reporters: ["default", "./scripts/summary-reporter.ts"],
@@ -22,8 +25,8 @@ export default defineConfig({
           // The tiers run one after the other: real machines do not compete with thousands of simulated ones.
           sequence: { groupOrder: 1 },
           maxWorkers: "100%",
-          testTimeout: 60_000,
-          hookTimeout: 60_000
+          testTimeout: LIMIT,
+          hookTimeout: LIMIT
         }
       },
       {
@@ -34,8 +37,8 @@ export default defineConfig({
           setupFiles,
           sequence: { groupOrder: 2 },
           maxWorkers: 1,
-          testTimeout: 60_000,
-          hookTimeout: 60_000
+          testTimeout: LIMIT,
+          hookTimeout: LIMIT
         }
       },
       {
