@@ -62,13 +62,17 @@ interface Pending {
 const WITH_PARENT = ["setpriv", "--pdeathsig", "KILL", "--"] as const
 
 /**
- * The outer machine: an AMD processor with SVM and nested paging, and a channel to the host on descriptor 3. One processor, because with
- * more QEMU before 8.1 may go on with code that another processor has changed meanwhile, and Linux and V8 change theirs: `docs/lab.md`.
+ * The outer machine: an AMD processor with SVM and nested paging, a channel to the host on descriptor 3, and a pulse on descriptor 4.
+ * One processor, because with more QEMU before 8.1 may go on with code that another processor has changed meanwhile, and Linux and V8
+ * change theirs. The pulse interrupts the processor again and again, because QEMU loses an interrupt now and then, and the next one brings
+ * it along; for that each byte has to be an interrupt, hence no event indices. See `docs/lab.md`.
  */
 const FIXED_OPTIONS: ReadonlyArray<string> = [
   "-accel tcg -M q35 -cpu max,+svm,+npt -smp 1 -nodefaults -no-user-config -no-reboot",
   "-display none -serial stdio",
-  "-chardev socket,id=agent,fd=3 -device virtio-serial-pci -device virtserialport,chardev=agent"
+  "-device virtio-serial-pci,event_idx=off",
+  "-chardev socket,id=agent,fd=3 -device virtserialport,nr=1,chardev=agent",
+  "-chardev socket,id=pulse,fd=4 -device virtserialport,nr=2,chardev=pulse"
 ].flatMap((options) => options.split(" "))
 
 /**
@@ -80,6 +84,9 @@ const LAB_SECONDS = 7200
 
 /** How long the outer machine may take to be there: some 5 s on a quiet host. */
 const START_SECONDS = 300
+
+/** How often the outer machine is interrupted. */
+const PULSE_MILLIS = 200
 
 /** How long an answer may be overdue. */
 const PATIENCE_SECONDS = 90
@@ -108,9 +115,14 @@ export class Lab implements AsyncDisposable {
 
   private constructor(child: ChildProcess, log: string, folder: string, stream: WriteStream) {
     this.#child = child
-    const channel = child.stdio[3]
-    if (!(channel instanceof Duplex)) throw new LabError("the channel to the outer machine could not be made")
+    const [, , , channel, pulse] = child.stdio
+    if (!(channel instanceof Duplex && pulse instanceof Duplex)) {
+      throw new LabError("the channels to the outer machine could not be made")
+    }
     this.#channel = channel
+    const beating = setInterval(() => {
+      if (pulse.writableLength === 0) pulse.write(".")
+    }, PULSE_MILLIS).unref()
     this.log = log
     running.add(child)
     const keep = (chunk: Buffer): void => {
@@ -120,12 +132,15 @@ export class Lab implements AsyncDisposable {
     child.stdout?.on("data", keep)
     child.stderr?.on("data", keep)
     this.#channel.on("data", (chunk: Buffer) => this.#receive(chunk))
-    this.#channel.on("error", () => {
-      // The machine's end is seen below; writing to one that has ended is not another failure.
-    })
+    for (const written of [channel, pulse]) {
+      written.on("error", () => {
+        // The machine's end is seen below; writing to one that has ended is not another failure.
+      })
+    }
     this.#ended = new Promise((resolve) => {
       const end = (why: string): void => {
         running.delete(child)
+        clearInterval(beating)
         stream.end()
         this.#end(why)
         void rm(folder, { recursive: true, force: true }).then(() => resolve())
@@ -173,7 +188,7 @@ export class Lab implements AsyncDisposable {
       `file=${escaped(rootImage)},if=virtio,format=raw,readonly=on`,
       "-drive",
       `file=${escaped(sources)},if=virtio,format=raw,readonly=on`
-    ], { stdio: ["ignore", "pipe", "pipe", "pipe"] })
+    ], { stdio: ["ignore", "pipe", "pipe", "pipe", "pipe"] })
     const lab = new Lab(child, log, folder, createWriteStream(log))
     const stop = (): void => void child.kill("SIGKILL")
     const timer = setTimeout(stop, (limit + 30) * 1000).unref()

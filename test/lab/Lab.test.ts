@@ -56,6 +56,14 @@ describe.skipIf(whyNot !== undefined)(whyNot === undefined ? title : `${title} (
     assert.deepStrictEqual(results.map(({ output }) => output), ["a\n", "b\n", "c\n"])
   })
 
+  it("interrupts the outer machine again and again, whatever its processor waits for", async () => {
+    const interrupts = "awk '/virtio[0-9]+-virtqueues/ { sum += $2 } END { print sum }' /proc/interrupts"
+    const script = `begun=$(${interrupts}); [ -n "$begun" ] || exit 1
+      for i in $(seq 600); do [ $(($(${interrupts}) - begun)) -ge 10 ] && exit 0; sleep 0.1; done; ${interrupts}; exit 2`
+    const result = await lab.run({ script })
+    assert.strictEqual(result.code, 0, result.output)
+  })
+
   it("has the clone's sources, Node and an ordinary KVM", async () => {
     const result = await lab.run({
       script:
