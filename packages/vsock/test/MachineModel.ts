@@ -514,11 +514,11 @@ class Run {
     }))
   }
 
-  /** Counts who is at work, however that ends. */
+  /** Counts who is at work, however that ends: also when it is interrupted between the counting and the work. */
   #working<A, E, R>(work: Effect.Effect<A, E, R>): Effect.Effect<A, E, R> {
-    return Effect.suspend(() => {
+    return Effect.uninterruptibleMask((restore) => {
       this.atWork++
-      return Effect.onExit(work, () =>
+      return Effect.onExit(restore(work), () =>
         Effect.sync(() => {
           this.atWork--
         }))
