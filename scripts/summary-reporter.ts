@@ -20,8 +20,9 @@ export interface CountedModule {
 }
 
 /**
- * Counts tests, and everything else that must not get lost: an error outside a test is a failure, and a tier that was
- * left out counts as one skipped test, or as a failure where the environment requires it.
+ * Counts tests, and everything else that must not get lost: an error outside a test is a failure, so is a test that never
+ * ended since its process did, and a tier that was left out counts as one skipped test, or as a failure where the
+ * environment requires it.
  */
 export const count = (
   modules: ReadonlyArray<CountedModule>,
@@ -35,8 +36,8 @@ export const count = (
     failed += module.errors
     for (const state of module.tests) {
       if (state === "passed") passed++
-      else if (state === "failed") failed++
-      else skipped++
+      else if (state === "skipped") skipped++
+      else failed++
     }
   }
   for (const tier of tiers) {
@@ -52,39 +53,67 @@ const errorsOutsideTests = (module: TestModule): number => {
   return errors
 }
 
+/** What is quoted of an error: its name and message, and those of what caused it. */
+export interface QuotedError {
+  readonly name?: string
+  readonly message: string
+  readonly cause?: QuotedError
+}
+
 /** A failure: the file and name of the test, or what failed outside any test, and why. */
 export interface Failure {
   readonly where: string
-  readonly errors: ReadonlyArray<Pick<SerializedError, "message" | "name">>
+  readonly errors: ReadonlyArray<QuotedError>
 }
+
+/**
+ * The cause is what names the file and the signal where the process of a test file has ended. Vitest's own reporter writes
+ * `Caused by: ` into its name.
+ */
+const quoted = ({ cause, message, name }: SerializedError): QuotedError => ({
+  ...(name === undefined ? {} : { name: name.replace(/^Caused by: /, "") }),
+  message,
+  ...(cause === undefined ? {} : { cause: quoted(cause) })
+})
+
+const outsideAnyTest = (where: string, errors: ReadonlyArray<SerializedError>): ReadonlyArray<Failure> =>
+  errors.length === 0 ? [] : [{ where: `${where} (outside any test)`, errors: errors.map(quoted) }]
 
 const failuresOf = (module: TestModule): ReadonlyArray<Failure> => {
   const file = module.relativeModuleId
-  const failures: Array<Failure> = [{ where: `${file} (outside any test)`, errors: module.errors() }]
+  const failures: Array<Failure> = [...outsideAnyTest(file, module.errors())]
   for (const suite of module.children.allSuites()) {
-    failures.push({ where: `${file} > ${suite.fullName} (outside any test)`, errors: suite.errors() })
+    failures.push(...outsideAnyTest(`${file} > ${suite.fullName}`, suite.errors()))
   }
-  for (const test of module.children.allTests("failed")) {
-    failures.push({ where: `${file} > ${test.fullName}`, errors: test.result().errors ?? [] })
+  for (const test of module.children.allTests()) {
+    const { errors, state } = test.result()
+    const where = `${file} > ${test.fullName}`
+    if (state === "failed") failures.push({ where, errors: errors.map(quoted) })
+    else if (state === "pending") failures.push({ where, errors: [{ message: "The test never ended." }] })
   }
-  return failures.filter(({ errors, where }) => errors.length > 0 || !where.endsWith("(outside any test)"))
+  return failures
 }
 
 /** The most lines, and characters of a line, that the summary quotes of an error: the log above has the whole. */
 const QUOTED_LINES = 8
 const QUOTED_COLUMNS = 160
 
+const describeError = ({ cause, message, name }: QuotedError): ReadonlyArray<string> => {
+  const lines = stripVTControlCharacters(`${name ?? "Error"}: ${message}`).split("\n").filter((line) =>
+    line.trim() !== ""
+  )
+  const left = lines.length - QUOTED_LINES
+  return [
+    ...(left > 0 ? [...lines.slice(0, QUOTED_LINES), `(${left} more lines)`] : lines),
+    ...(cause === undefined ? [] : ["Caused by:", ...describeError(cause)])
+  ]
+}
+
 /** The failures in short, each under a line `Failed: ...`. */
 export const describeFailures = (failures: ReadonlyArray<Failure>): string =>
   failures.map(({ errors, where }) => {
-    const quoted = errors.flatMap(({ message, name }) => {
-      const lines = stripVTControlCharacters(`${name ?? "Error"}: ${message}`).split("\n").filter((line) =>
-        line.trim() !== ""
-      )
-      const left = lines.length - QUOTED_LINES
-      return left > 0 ? [...lines.slice(0, QUOTED_LINES), `(${left} more lines)`] : lines
-    })
-    return [`Failed: ${where}`, ...quoted.map((line) => `    ${line.slice(0, QUOTED_COLUMNS)}`), ""].join("\n")
+    const lines = errors.flatMap(describeError)
+    return [`Failed: ${where}`, ...lines.map((line) => `    ${line.slice(0, QUOTED_COLUMNS)}`), ""].join("\n")
   }).join("")
 
 /** Prints the failures in short, the seed of the properties, and the closing line `N passed, N failed, N skipped`. */
@@ -93,7 +122,7 @@ export default class SummaryReporter implements Reporter {
     const tiers = tiersFromEnvironment()
     const failures = [
       ...modules.flatMap(failuresOf),
-      ...unhandledErrors.map((error) => ({ where: "outside any file", errors: [error] }))
+      ...unhandledErrors.map((error) => ({ where: "outside any file", errors: [quoted(error)] }))
     ]
     const seed = process.env[PROPERTY_SEED_VARIABLE] ?? ""
     process.stdout.write(`\n${describeFailures(failures)}Properties ran with ${PROPERTY_SEED_VARIABLE}=${seed}\n`)

@@ -31,7 +31,11 @@ describe("The closing line", () => {
       assert.strictEqual(counts.passed + counts.failed + counts.skipped, things)
       const good = modules.flatMap((module) => module.tests).filter((state) => state === "passed").length
       assert.strictEqual(counts.passed, good)
-      const bad = modules.some((module) => module.errors > 0 || module.tests.includes("failed")) || unhandled > 0 ||
+      const bad = modules.some((module) =>
+        module.errors > 0 || module.tests.some((test) =>
+          test === "failed" || test === "pending"
+        )
+      ) || unhandled > 0 ||
         tiers.some((tier) => tier.required)
       assert.strictEqual(counts.failed > 0, bad)
     }))
@@ -49,7 +53,11 @@ describe("The failures before it", () => {
         where: "b.test.ts (outside any test)",
         errors: [{ message: Array.from({ length: 20 }, (_, i) => `line ${i}`).join("\n") }]
       },
-      { where: "c.test.ts > C", errors: [{ message: "x".repeat(5000) }] }
+      { where: "c.test.ts > C", errors: [{ message: "x".repeat(5000) }] },
+      {
+        where: "outside any file",
+        errors: [{ message: "Worker emitted error", cause: { name: "ExitError", message: "ended with SIGSEGV" } }]
+      }
     ])
     const lines = text.split("\n")
     assert.deepStrictEqual(lines.slice(0, 4), [
@@ -59,6 +67,7 @@ describe("The failures before it", () => {
       "Failed: b.test.ts (outside any test)"
     ])
     assert.include(text, "    line 7\n    (12 more lines)\nFailed: c.test.ts > C\n")
+    assert.include(text, "    Error: Worker emitted error\n    Caused by:\n    ExitError: ended with SIGSEGV\n")
     assert.isTrue(lines.every((line) => line.length <= 200))
   })
 })
