@@ -21,6 +21,7 @@ import {
   openGate,
   REQUEST_STOP,
   STOP_CRASHED,
+  THREAD_END,
   THREAD_STOPPED
 } from "./thread/VcpuControl.ts"
 import type { VcpuJob } from "./thread/VcpuLoop.ts"
@@ -141,6 +142,18 @@ class PooledThread implements VcpuThread {
   }
 }
 
+/**
+ * Has a Worker without a job end by itself, as soon as it has started. `terminate` would stop its JavaScript anywhere, and Node
+ * or a native module that is just being loaded there may then abort the process.
+ */
+const end = (worker: Worker): Effect.Effect<void> =>
+  Effect.callback((resume) => {
+    if (worker.threadId < 0) return resume(Effect.void)
+    worker.once("exit", () => resume(Effect.void))
+    worker.ref()
+    worker.postMessage(THREAD_END)
+  })
+
 const startFailure = (cause: unknown): HypervisorError =>
   new HypervisorError({
     operation: "Worker",
@@ -184,10 +197,8 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
       worker.off("exit", ended)
       resume(Effect.succeed(new PooledThread(worker, threadId, kick)))
     })
-    return Effect.promise(() => worker.terminate())
+    return end(worker)
   })
-
-  const terminate = (thread: PooledThread) => Effect.promise(() => thread.worker.terminate())
 
   const release = Effect.fnUntraced(function*(thread: PooledThread) {
     held--
@@ -195,7 +206,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
     thread.finish()
     if (!thread.alive) return
     if (state.open && idle.length < idleLimit) idle.push(thread)
-    else yield* terminate(thread)
+    else yield* end(thread.worker)
   })
 
   /** Starts threads until enough of them wait. */
@@ -206,7 +217,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
         starting--
       })))
       if (state.open) idle.push(thread)
-      else yield* terminate(thread)
+      else yield* end(thread.worker)
     }
   })
 
@@ -234,7 +245,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
   yield* Effect.addFinalizer(() =>
     Effect.suspend(() => {
       state.open = false
-      return Effect.forEach(idle.splice(0), terminate, { discard: true, concurrency: "unbounded" })
+      return Effect.forEach(idle.splice(0), (thread) => end(thread.worker), { discard: true, concurrency: "unbounded" })
     })
   )
   yield* Effect.forkScoped(Effect.ignore(replenish()))

@@ -6,8 +6,11 @@ import { buildAccessTable } from "@troupe/node/kvm/thread/AccessTable"
 import { PostedRing } from "@troupe/node/kvm/thread/PostedRing"
 import * as Control from "@troupe/node/kvm/thread/VcpuControl"
 import * as VcpuThreads from "@troupe/node/kvm/VcpuThreads"
-import { Effect, Exit, Layer, Scope } from "effect"
+import { Effect, Exit, Fiber, Layer, Scope } from "effect"
+import * as fc from "fast-check"
 import { readdirSync } from "node:fs"
+import process from "node:process"
+import type { Worker } from "node:worker_threads"
 
 const EBADF = 9
 
@@ -68,6 +71,29 @@ describe("VcpuThreads", () => {
       yield* Scope.close(scope, Exit.void)
       assert.deepStrictEqual(threads.counts(), { idle: 2, held: 0 })
     }).pipe(Effect.scoped, Effect.provide(layer({ warm: 1, idle: 2 }))))
+
+  it.live("has its threads end by themselves, whenever it is closed, for none can be stopped safely while it starts", () =>
+    Effect.gen(function*() {
+      const codes: Array<number> = []
+      let started = 0
+      const watch = (worker: Worker) => {
+        started++
+        worker.once("exit", (code) => codes.push(code))
+      }
+      process.on("worker", watch)
+      yield* Effect.addFinalizer(() => Effect.sync(() => process.off("worker", watch)))
+      for (const delay of fc.sample(fc.nat({ max: 100 }), 20)) {
+        const use = Effect.scoped(Effect.andThen(
+          Effect.flatMap(VcpuThreads.VcpuThreads, ({ acquire }) => acquire),
+          Effect.never
+        )).pipe(Effect.provide(layer({ warm: 2 }), { local: true }))
+        const fiber = yield* Effect.forkChild(use)
+        yield* Effect.sleep(delay)
+        yield* Fiber.interrupt(fiber)
+      }
+      assert.isAtLeast(started, 20)
+      assert.deepStrictEqual(codes, Array.from({ length: started }, () => 0))
+    }).pipe(Effect.scoped))
 
   it.live("leaves no thread when its layer is closed", () =>
     Effect.gen(function*() {

@@ -72,6 +72,9 @@ export const THREAD_RUNNING = 1
 /** The thread has left the vCPU and touches nothing of it any more. */
 export const THREAD_STOPPED = 2
 
+/** Host to thread, as a message in the place of a job: end. */
+export const THREAD_END = "end"
+
 /** Stopped because the host asked for it. */
 export const STOP_REQUESTED = 1
 /** Stopped at an exit that ends the vCPU. */

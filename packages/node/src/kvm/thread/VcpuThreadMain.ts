@@ -7,7 +7,14 @@ import { parentPort, workerData } from "node:worker_threads"
 import type { ForeignFunctionsName } from "../../internal/ForeignFunctions.ts"
 import { loadForeignFunctions } from "../../internal/loadForeignFunctions.ts"
 import { ForeignView } from "../../internal/Mapping.ts"
-import { CONTROL_STOP, CONTROL_THREAD, STOP_CRASHED, THREAD_RUNNING, THREAD_STOPPED } from "./VcpuControl.ts"
+import {
+  CONTROL_STOP,
+  CONTROL_THREAD,
+  STOP_CRASHED,
+  THREAD_END,
+  THREAD_RUNNING,
+  THREAD_STOPPED
+} from "./VcpuControl.ts"
 import { type VcpuJob, VcpuLoop } from "./VcpuLoop.ts"
 
 const backEnd: ForeignFunctionsName = workerData === "koffi" ? "koffi" : "node:ffi"
@@ -16,7 +23,8 @@ if (typeof functions === "string") throw new Error(functions)
 const port = parentPort
 if (port === null) throw new Error(`process ${process.pid} has started a vCPU thread's program outside a Worker`)
 
-port.on("message", (job: VcpuJob) => {
+port.on("message", (job: VcpuJob | typeof THREAD_END) => {
+  if (job === THREAD_END) return port.close()
   const control = new Int32Array(job.control)
   const view = new ForeignView(functions, job.run.address, job.run.length)
   control[CONTROL_STOP] = STOP_CRASHED
