@@ -37,12 +37,14 @@ export interface SlotRange {
   ) => Effect.Effect<void>
 }
 
-/** How the pages of a mapping go back to the host: they read as zero afterwards. */
+/** How the pages of a mapping go back to the host: they read as zero afterwards. Nothing happens once the mapping is gone. */
 export const giveBackOf = (functions: Ffi["Service"]["functions"], mapping: Mapping) =>
 (
   offset: number,
   length: number
 ): void => {
+  // Its addresses may be anybody's by now.
+  if (mapping.released) return
   const result = functions.madvise(mapping.address + BigInt(offset), length, MADV_DONTNEED)
   // Private memory that is not locked has no reason to be refused; what reads as zero must be zero all the same.
   if (result < 0) new Uint8Array(mapping.buffer, offset, length).fill(0)
@@ -87,10 +89,15 @@ export const pluggableSlots = (
       })
     )
 
-    /** The slot and its note in the map are one: nothing sees the one without the other. */
+    /**
+     * The slot and its note in the map are one: nothing sees the one without the other. A slot must not be set once the memory
+     * is gone: it would show the guest what lies there then.
+     */
     const change = (block: number, plugged: boolean) =>
       Effect.uninterruptible(
-        plugged
+        mapping.released
+          ? refuse(what, "the region is gone: the scope in which it was added has closed")
+          : plugged
           ? Effect.tap(
             slots.set(block, addressOf(block), blockSize, hostAddressOf(block)),
             () => Effect.sync(() => blocks.set(block, true))
@@ -144,12 +151,14 @@ export const pluggableSlots = (
         // What can neither be done nor undone leaves a machine that is not what its guest was told: a defect.
         const undo = Effect.suspend(() => Effect.forEach(changed.toReversed(), (block) => change(block, !plugged)))
         yield* Effect.onExit(work, (exit) =>
-          Exit.isFailure(exit) && !Cause.hasInterrupts(exit.cause) ? Effect.orDie(undo) : Effect.sync(() => {
-            if (!plugged) {
-              forRuns(blocks, first, length, false, giveBack)
-            }
-            sweep()
-          }))
+          Exit.isFailure(exit) && !Cause.hasInterrupts(exit.cause) && !mapping.released ?
+            Effect.orDie(undo) :
+            Effect.sync(() => {
+              if (!plugged) {
+                forRuns(blocks, first, length, false, giveBack)
+              }
+              sweep()
+            }))
       })
 
     return { region, blocks, plug: changeAll(true), unplug: changeAll(false) }
