@@ -13,6 +13,7 @@ import { kvmObstacle, onKvm } from "./support.ts"
 import { CONTROL, END, flatMode, PORTS, range, SERIAL, tinyMachine, WINDOW, word } from "./TinyMachine.ts"
 
 const ENOMEM = 12
+const EAGAIN = 11
 
 /** The descriptors of KVM that are open. (Threads that wait in the pool have eventfds of their own.) */
 const openDescriptors = (): ReadonlyArray<string> =>
@@ -100,6 +101,24 @@ const hypervisor = (ledger: Ledger, failAt: number) =>
     Layer.provideMerge(VcpuThreads.layerWith({ warm: 0 })),
     Layer.provide(KvmSystem.layer),
     Layer.provide(countingFfi(ledger, failAt))
+  )
+
+/** The hypervisor in a process whose user has too many signals waiting: the kernel refuses the first ones that are sent. */
+const withoutRoomForSignals = (refuse: () => boolean) =>
+  KvmHypervisor.layer.pipe(
+    Layer.provide(VcpuThreads.layer),
+    Layer.provide(KvmSystem.layer),
+    Layer.provide(
+      Layer.effect(
+        Ffi.Ffi,
+        Effect.map(Ffi.Ffi, ({ functions }) =>
+          Ffi.make({
+            ...functions,
+            tgkill: (threadId, signal) => refuse() ? -EAGAIN : functions.tgkill(threadId, signal)
+          }))
+      )
+    ),
+    Layer.provide(Ffi.layerWith({ quiet: true }))
   )
 
 /** A machine with one of everything. */
@@ -205,4 +224,17 @@ describe.skipIf(kvmObstacle !== undefined)(onKvm("KvmHypervisor under faults"), 
         assert.isAtMost(threads.counts().idle, 8)
       }).pipe(Effect.provide(hypervisor(ledger, -1)))
     }), 60_000)
+
+  it.live("takes a vCPU out of its guest also when there is no room for the signal at first", () => {
+    let refused = 0
+    const refuse = () => refused < 20 && ++refused > 0
+    return Effect.gen(function*() {
+      const machine = yield* tinyMachine({ state: flatMode, code: [0xeb, 0xfe] })
+      const fiber = yield* Effect.forkChild(machine.vcpu.run)
+      // The guest spins: long before this its thread has entered it.
+      yield* Effect.sleep("500 millis")
+      yield* Fiber.interrupt(fiber)
+      assert.isAtLeast(refused, 1)
+    }).pipe(Effect.scoped, Effect.provide(withoutRoomForSignals(refuse)))
+  })
 })

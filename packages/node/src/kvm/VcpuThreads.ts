@@ -10,8 +10,10 @@ import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import type * as Scope from "effect/Scope"
 import process from "node:process"
+import { setTimeout } from "node:timers"
 import { Worker } from "node:worker_threads"
 import { Ffi } from "../Ffi.ts"
+import { ErrnoNumber } from "../internal/ForeignFunctions.ts"
 import { kvmError } from "./KvmError.ts"
 import { threadProgram } from "./thread/ThreadProgram.ts"
 import {
@@ -71,6 +73,9 @@ const WORKER_OPTIONS = {
   resourceLimits: { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 16, stackSizeMb: 1 }
 }
 
+/** How long after a refused kick the next one comes, in milliseconds. */
+const KICK_RETRY_MS = 1
+
 /** The threads of all pools that somebody holds. */
 const heldThreads = new Set<PooledThread>()
 
@@ -93,12 +98,12 @@ const letGo = (thread: PooledThread): void => {
 class PooledThread implements VcpuThread {
   readonly worker: Worker
   readonly threadId: number
-  readonly #kick: (threadId: number) => void
+  readonly #kick: (threadId: number) => number
   alive = true
   #control: Int32Array<SharedArrayBuffer> | undefined
   #leaveGuest: (() => void) | undefined
 
-  constructor(worker: Worker, threadId: number, kick: (threadId: number) => void) {
+  constructor(worker: Worker, threadId: number, kick: (threadId: number) => number) {
     this.worker = worker
     this.threadId = threadId
     this.#kick = kick
@@ -132,7 +137,16 @@ class PooledThread implements VcpuThread {
     Atomics.or(control, CONTROL_REQUEST, request)
     this.#leaveGuest?.()
     openGate(control)
-    this.#kick(this.threadId)
+    this.#kickUntilSent(control)
+  }
+
+  /**
+   * The kernel keeps each realtime signal that waits, up to a limit for all processes of a user (`RLIMIT_SIGPENDING`). There may
+   * be no room for ours, and a thread in the guest hears of nothing else.
+   */
+  #kickUntilSent(control: Int32Array<SharedArrayBuffer>): void {
+    if (this.#control !== control || this.idle || this.#kick(this.threadId) !== -ErrnoNumber.EAGAIN) return
+    setTimeout(() => this.#kickUntilSent(control), KICK_RETRY_MS)
   }
 
   /** Forgets the job, which has stopped. */
