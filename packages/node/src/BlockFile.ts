@@ -196,7 +196,7 @@ class FileBackend implements BlockBackend {
     const result = this.#functions.preadv2(this.#fd, vectors.address, buffers.length, offset, RWF_NOWAIT)
     if (result >= 0) return result
     // Whatever is wrong, the thread pool is told as well, and explains it.
-    if (result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) this.#canReadAtOnce = false
+    if (isUnknown(result)) this.#canReadAtOnce = false
     return 0
   }
 
@@ -208,7 +208,7 @@ class FileBackend implements BlockBackend {
     vectors.set(buffers)
     const result = this.#functions.pwritev2(this.#fd, vectors.address, buffers.length, offset, RWF_NOWAIT)
     if (result >= 0) return result
-    if (result === -ErrnoNumber.ENOTSUP || result === -ErrnoNumber.ENOSYS) this.#canWriteAtOnce = false
+    if (isUnknown(result)) this.#canWriteAtOnce = false
     return 0
   }
 
