@@ -27,6 +27,7 @@ import {
   THREAD_STOPPED
 } from "./thread/VcpuControl.ts"
 import type { VcpuJob } from "./thread/VcpuLoop.ts"
+import type { VcpuThreadData } from "./thread/VcpuThreadMain.ts"
 
 /** A thread that somebody holds. */
 export interface VcpuThread {
@@ -76,22 +77,28 @@ const WORKER_OPTIONS = {
 /** How long after a refused kick the next one comes, in milliseconds. */
 const KICK_RETRY_MS = 1
 
-/** The threads of all pools that somebody holds. */
-const heldThreads = new Set<PooledThread>()
+/**
+ * How long the exit of the process waits for a thread at most, in milliseconds. Node waits for its Workers when it exits, and a
+ * Worker in the guest does not hear it; one that Node stops while it loads a native module, or calls it, aborts the process now
+ * and then.
+ */
+const EXIT_PATIENCE_MS = 2000
 
-/** Node waits for its Workers when it exits, and a Worker in the guest does not hear it. */
-const leaveGuests = (): void => {
-  for (const thread of heldThreads) thread.request(REQUEST_STOP)
+/** What threads have to do at the exit of the process. Without threads the process has no listener of ours. */
+const exits = new Set<() => void>()
+
+const runExits = (): void => {
+  for (const exit of exits) exit()
 }
 
-const hold = (thread: PooledThread): void => {
-  if (heldThreads.size === 0) process.on("exit", leaveGuests)
-  heldThreads.add(thread)
+const addExit = (exit: () => void): void => {
+  if (exits.size === 0) process.on("exit", runExits)
+  exits.add(exit)
 }
 
-const letGo = (thread: PooledThread): void => {
-  heldThreads.delete(thread)
-  if (heldThreads.size === 0) process.off("exit", leaveGuests)
+const removeExit = (exit: () => void): void => {
+  exits.delete(exit)
+  if (exits.size === 0) process.off("exit", runExits)
 }
 
 /** One Worker and what it is doing. */
@@ -149,6 +156,16 @@ class PooledThread implements VcpuThread {
     setTimeout(() => this.#kickUntilSent(control), KICK_RETRY_MS)
   }
 
+  /** Takes the thread out of its job and waits for it, where nothing else runs any more. */
+  readonly exit = (): void => {
+    const control = this.#control
+    if (control === undefined) return
+    for (let waited = 0; waited < EXIT_PATIENCE_MS && !this.idle; waited++) {
+      this.request(REQUEST_STOP)
+      Atomics.wait(control, CONTROL_THREAD, Atomics.load(control, CONTROL_THREAD), 1)
+    }
+  }
+
   /** Forgets the job, which has stopped. */
   finish(): void {
     this.#control = undefined
@@ -190,12 +207,14 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
     const extension = import.meta.url.endsWith(".ts") ? "ts" : "js"
     const program = threadProgram(new URL(`./thread/VcpuThreadMain.${extension}`, import.meta.url))
     const failed = (cause: unknown) => resume(Effect.fail(startFailure(cause)))
+    const started = new Int32Array(new SharedArrayBuffer(4))
+    const data: VcpuThreadData = { backEnd: ffi.functions.name, started: started.buffer }
     let worker: Worker
     try {
       worker = new Worker(program.source, {
         ...WORKER_OPTIONS,
         eval: program.isScript,
-        workerData: ffi.functions.name,
+        workerData: data,
         name: "vcpu"
       })
     } catch (cause) {
@@ -203,6 +222,11 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
       return failed(cause)
     }
     worker.unref()
+    const exit = () => void Atomics.wait(started, 0, 0, EXIT_PATIENCE_MS)
+    addExit(exit)
+    worker.once("error", () => removeExit(exit))
+    worker.once("exit", () => removeExit(exit))
+    worker.once("message", () => removeExit(exit))
     const ended = (code: number) => failed(new Error(`it ended with code ${code} before it was ready`))
     worker.once("error", failed)
     worker.once("exit", ended)
@@ -216,7 +240,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
 
   const release = Effect.fnUntraced(function*(thread: PooledThread) {
     held--
-    letGo(thread)
+    removeExit(thread.exit)
     thread.finish()
     if (!thread.alive) return
     if (state.open && idle.length < idleLimit) idle.push(thread)
@@ -245,7 +269,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
     }).pipe(Effect.tap((thread) =>
       Effect.sync(() => {
         held++
-        hold(thread)
+        addExit(thread.exit)
       })
     )),
     release

@@ -8,11 +8,14 @@ import * as Control from "@troupe/node/kvm/thread/VcpuControl"
 import * as VcpuThreads from "@troupe/node/kvm/VcpuThreads"
 import { Effect, Exit, Fiber, Layer, Scope } from "effect"
 import * as fc from "fast-check"
+import { spawnSync } from "node:child_process"
 import { readdirSync } from "node:fs"
 import process from "node:process"
+import { fileURLToPath } from "node:url"
 import type { Worker } from "node:worker_threads"
 
 const EBADF = 9
+const EXIT_WHILE_STARTING = fileURLToPath(new URL("./exit-while-starting.ts", import.meta.url))
 
 const layer = (options: VcpuThreads.VcpuThreadsOptions, backEnd: Ffi.ForeignFunctionsName = "node:ffi") =>
   VcpuThreads.layerWith(options).pipe(Layer.provideMerge(Ffi.layerWith({ backEnds: [backEnd], quiet: true })))
@@ -94,6 +97,15 @@ describe("VcpuThreads", () => {
       assert.isAtLeast(started, 20)
       assert.deepStrictEqual(codes, Array.from({ length: started }, () => 0))
     }).pipe(Effect.scoped))
+
+  for (const backEnd of ["node:ffi", "koffi"]) {
+    it(`lets a process exit while its threads start (${backEnd})`, async () => {
+      for (const delay of fc.sample(fc.nat({ max: 200 }), 8)) {
+        const child = spawnSync(process.execPath, [EXIT_WHILE_STARTING, backEnd, String(delay)], { encoding: "utf8" })
+        assert.deepInclude({ delay, ...child }, { delay, status: 7, signal: null }, child.stderr)
+      }
+    })
+  }
 
   it.live("leaves no thread when its layer is closed", () =>
     Effect.gen(function*() {

@@ -17,7 +17,14 @@ import {
 } from "./VcpuControl.ts"
 import { type VcpuJob, VcpuLoop } from "./VcpuLoop.ts"
 
-const backEnd: ForeignFunctionsName = workerData === "koffi" ? "koffi" : "node:ffi"
+/** What a thread is started with. */
+export interface VcpuThreadData {
+  readonly backEnd: ForeignFunctionsName
+  /** One word, 0 until the thread has loaded all that it needs. */
+  readonly started: SharedArrayBuffer
+}
+
+const { backEnd, started }: VcpuThreadData = workerData
 const functions = loadForeignFunctions(backEnd, { quiet: true })
 if (typeof functions === "string") throw new Error(functions)
 const port = parentPort
@@ -39,3 +46,6 @@ port.on("message", (job: VcpuJob | typeof THREAD_END) => {
   }
 })
 port.postMessage(functions.gettid())
+const startedWord = new Int32Array(started)
+Atomics.store(startedWord, 0, 1)
+Atomics.notify(startedWord, 0)
