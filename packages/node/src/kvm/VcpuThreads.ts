@@ -85,20 +85,20 @@ const KICK_RETRY_MS = 1
 const EXIT_PATIENCE_MS = 2000
 
 /** What threads have to do at the exit of the process. Without threads the process has no listener of ours. */
-const exits = new Set<() => void>()
+const atExit = new Set<() => void>()
 
-const runExits = (): void => {
-  for (const exit of exits) exit()
+const runAtExit = (): void => {
+  for (const call of atExit) call()
 }
 
-const addExit = (exit: () => void): void => {
-  if (exits.size === 0) process.on("exit", runExits)
-  exits.add(exit)
+const addAtExit = (call: () => void): void => {
+  if (atExit.size === 0) process.on("exit", runAtExit)
+  atExit.add(call)
 }
 
-const removeExit = (exit: () => void): void => {
-  exits.delete(exit)
-  if (exits.size === 0) process.off("exit", runExits)
+const removeAtExit = (call: () => void): void => {
+  atExit.delete(call)
+  if (atExit.size === 0) process.off("exit", runAtExit)
 }
 
 /** One Worker and what it is doing. */
@@ -157,7 +157,7 @@ class PooledThread implements VcpuThread {
   }
 
   /** Takes the thread out of its job and waits for it, where nothing else runs any more. */
-  readonly exit = (): void => {
+  readonly stopSync = (): void => {
     const control = this.#control
     if (control === undefined) return
     for (let waited = 0; waited < EXIT_PATIENCE_MS && !this.idle; waited++) {
@@ -203,10 +203,10 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
 
   const kick = (threadId: number) => ffi.functions.tgkill(threadId, signal)
 
-  const spawn = Effect.callback<PooledThread, HypervisorError>((resume) => {
+  /** Starts a thread. A Worker that starts cannot be stopped safely, so this is not interrupted. */
+  const spawn = Effect.uninterruptible(Effect.callback<PooledThread, HypervisorError>((resume) => {
     const extension = import.meta.url.endsWith(".ts") ? "ts" : "js"
     const program = threadProgram(new URL(`./thread/VcpuThreadMain.${extension}`, import.meta.url))
-    const failed = (cause: unknown) => resume(Effect.fail(startFailure(cause)))
     const started = new Int32Array(new SharedArrayBuffer(4))
     const data: VcpuThreadData = { backEnd: ffi.functions.name, started: started.buffer }
     let worker: Worker
@@ -219,44 +219,49 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
       })
     } catch (cause) {
       // The operating system gives no more threads.
-      return failed(cause)
+      return resume(Effect.fail(startFailure(cause)))
     }
     worker.unref()
-    const exit = () => void Atomics.wait(started, 0, 0, EXIT_PATIENCE_MS)
-    addExit(exit)
-    worker.once("error", () => removeExit(exit))
-    worker.once("exit", () => removeExit(exit))
-    worker.once("message", () => removeExit(exit))
+    const waitForStart = () => void Atomics.wait(started, 0, 0, EXIT_PATIENCE_MS)
+    addAtExit(waitForStart)
+    const settle = (result: Effect.Effect<PooledThread, HypervisorError>): void => {
+      removeAtExit(waitForStart)
+      worker.off("error", failed)
+      worker.off("exit", ended)
+      resume(result)
+    }
+    const failed = (cause: unknown) => settle(Effect.fail(startFailure(cause)))
     const ended = (code: number) => failed(new Error(`it ended with code ${code} before it was ready`))
     worker.once("error", failed)
     worker.once("exit", ended)
-    worker.once("message", (threadId: number) => {
-      worker.off("error", failed)
-      worker.off("exit", ended)
-      resume(Effect.succeed(new PooledThread(worker, threadId, kick)))
-    })
-    return end(worker)
-  })
+    worker.once("message", (threadId: number) => settle(Effect.succeed(new PooledThread(worker, threadId, kick))))
+  }))
 
   const release = Effect.fnUntraced(function*(thread: PooledThread) {
     held--
-    removeExit(thread.exit)
+    removeAtExit(thread.stopSync)
     thread.finish()
     if (!thread.alive) return
     if (state.open && idle.length < idleLimit) idle.push(thread)
     else yield* end(thread.worker)
   })
 
+  /** Starts a thread that waits, where the pool's finalizer finds it. */
+  const startIdle = Effect.uninterruptible(
+    Effect.suspend(() => {
+      starting++
+      return spawn
+    }).pipe(
+      Effect.tap((thread) => Effect.sync(() => idle.push(thread))),
+      Effect.ensuring(Effect.sync(() => {
+        starting--
+      }))
+    )
+  )
+
   /** Starts threads until enough of them wait. */
   const replenish = Effect.fnUntraced(function*() {
-    while (state.open && idle.length + starting < warm) {
-      starting++
-      const thread = yield* spawn.pipe(Effect.ensuring(Effect.sync(() => {
-        starting--
-      })))
-      if (state.open) idle.push(thread)
-      else yield* end(thread.worker)
-    }
+    while (state.open && idle.length + starting < warm) yield* startIdle
   })
 
   const scope = yield* Effect.scope
@@ -269,7 +274,7 @@ const make = Effect.fnUntraced(function*(options: VcpuThreadsOptions) {
     }).pipe(Effect.tap((thread) =>
       Effect.sync(() => {
         held++
-        addExit(thread.exit)
+        addAtExit(thread.stopSync)
       })
     )),
     release
